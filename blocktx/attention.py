@@ -1,0 +1,59 @@
+"""One attention for training, prefill and decoding: cache in, cache out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blocktx.cache import LayerCache
+from blocktx.config import ModelConfig, StackConfig
+from blocktx.layers import linear, rotary
+
+
+def attend(
+    q_TxHxC: jax.Array, k_SxHxC: jax.Array, v_SxHxC: jax.Array, mask_TxS: jax.Array
+) -> jax.Array:
+    """Softmax attention, `[T, H, C]`. A query whose mask is False everywhere sees all keys alike."""
+    scores_HxTxS = jnp.einsum("thc,shc->hts", q_TxHxC, k_SxHxC, preferred_element_type=jnp.float32)
+    scores_HxTxS *= q_TxHxC.shape[-1] ** -0.5
+    scores_HxTxS = jnp.where(mask_TxS, scores_HxTxS, jnp.finfo(jnp.float32).min)
+    weights_HxTxS = jax.nn.softmax(scores_HxTxS, axis=-1).astype(v_SxHxC.dtype)
+    return jnp.einsum("hts,shc->thc", weights_HxTxS, v_SxHxC)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions (GPT-NeoX)."""
+
+    config: ModelConfig
+    stack: StackConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_TxD: jax.Array,
+        position_T: jax.Array,
+        mask_TxS: jax.Array,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attention of T positions over themselves, or over a cache that they are written to.
+
+        Args:
+          x_TxD: inputs.
+          position_T: positions, consecutive; with a cache also the slots to write.
+          mask_TxS: bool, True where a query may see a key; S is T, or the slots of the cache.
+          cache: keys and values of earlier positions.
+
+        Returns:
+          `[T, D]`, and the cache with the T positions written (None without one).
+        """
+        stack = self.stack
+        qkv = linear(self.config, (3, stack.heads, stack.head_size), name="qkv")(x_TxD)
+        q_TxHxC, k_TxHxC, v_TxHxC = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+        q_TxHxC = rotary(q_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
+        k_TxHxC = rotary(k_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
+        if cache is None:
+            y_TxHxC = attend(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
+        else:
+            cache = cache.write(k_TxHxC, v_TxHxC, position_T[0])
+            y_TxHxC = attend(q_TxHxC, cache.k_SxHxC, cache.v_SxHxC, mask_TxS)
+        y_TxHxC = y_TxHxC.astype(self.config.compute_dtype)
+        return linear(self.config, stack.width, axis=(-2, -1), name="out")(y_TxHxC), cache

@@ -1,0 +1,188 @@
+"""What a run measures: progress bar, `metrics.jsonl`, TensorBoard event files, plot of the losses."""
+
+import json
+import math
+import os
+import pathlib
+import time
+
+import jax
+import tensorboardX
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+from tqdm import tqdm
+
+from blocktx.config import TrainingConfig
+
+
+class MetricsWriter:
+    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`, for use in a `with` block."""
+
+    def __init__(self, workdir: str | os.PathLike[str], after_step: int = 0):
+        """Drops what was written for steps later than `after_step`, from where the run goes on."""
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read(workdir) if line["step"] <= after_step]
+            temporary = path.with_suffix(".jsonl.tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, path)
+        self._lines = path.open("a", buffering=1)  # line by line, for whoever watches
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=after_step + 1, flush_secs=30
+        )
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._board.close()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one line `{"step": step, name: value, ...}`; not finite is null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+
+class Progress:
+    """Reads each step's metrics while the device works on the next step, and shows them.
+
+    On a terminal as a bar on stderr, elsewhere as lines on stdout; in any case they are written
+    every `log_every` steps.
+    """
+
+    def __init__(self, writer: MetricsWriter, training: TrainingConfig, start: int):
+        self._writer, self._training, self._start = writer, training, start
+        self._bar = tqdm(total=training.steps, initial=start, unit=" steps", disable=None)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._since: float | None = None  # since when _tokens are counted, if they are
+        self._tokens = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Keeps the metrics of `train_step` for later, and reads those of the step before.
+
+        Raises:
+          FloatingPointError: if that step's loss or gradient is not finite.
+        """
+        pending, self._pending = self._pending, (step, metrics)
+        if pending is not None:
+            self._read(*pending)
+
+    def flush(self) -> None:
+        """Reads all metrics, as `add`. What is done until the next step is not timed as training."""
+        if self._pending is not None:
+            self._read(*self._pending)
+        self._pending, self._since = None, None
+
+    def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: value.item() for name, value in metrics.items()}  # waits for the step
+        tokens = values.pop("tokens")
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise FloatingPointError(
+                f"step {step}: the loss is {values['loss']}, the gradient's norm "
+                f"{values['grad_norm']}"
+            )
+        shown, now = f"loss={values['loss']:.3f}", time.perf_counter()
+        if self._since is None:  # this step compiled, or began before an evaluation or a save
+            self._since, self._tokens = now, 0
+        else:
+            self._tokens += tokens
+            values["tokens_per_second"] = self._tokens / (now - self._since)
+            shown += f" tokens/s={values['tokens_per_second']:,.0f}"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update()
+        ends = (self._start + 1, self._training.steps)
+        if step in ends or step % self._training.log_every == 0:
+            self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
+            self._since, self._tokens = now, 0
+            if self._bar.disable:
+                print(f"step={step} {shown}", flush=True)
+
+
+def read(workdir: str | os.PathLike[str]) -> list[dict[str, float | None]]:
+    """The lines of `workdir/metrics.jsonl`; a last line that was cut off while written is left out.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if a line other than the last is not JSON with a step.
+    """
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    texts = path.read_text().splitlines()
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            line["step"] >= 0  # noqa: B015 - raises what no line of ours would
+        except (ValueError, TypeError, KeyError):
+            if number == len(texts):
+                break
+            raise ValueError(f"{path}: line {number} is not a line of metrics: {text!r}") from None
+        lines.append(line)
+    return lines
+
+
+def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Draws training and held-out loss by step, and returns where: `workdir/loss.png`.
+
+    Raises:
+      FileNotFoundError: if `workdir` has no metrics.jsonl.
+      ValueError: if no loss is in it.
+    """
+    workdir = pathlib.Path(workdir)
+    lines = read(workdir)
+
+    def series(name: str) -> list[tuple[float, float]]:
+        return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+    train, heldout = series("train/loss"), series("heldout/loss")
+    if not train and not heldout:
+        raise ValueError(f"{workdir / 'metrics.jsonl'}: no loss in it to plot")
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#4c78a8", linewidth=1.2, label="training")
+    if heldout:
+        style = dict(color="#e45756", linewidth=1.6, marker="o", markersize=5, zorder=3)
+        axes.plot(*zip(*heldout, strict=True), label="held-out", **style)
+        axes.annotate(
+            f"{heldout[-1][1]:.3f}",
+            heldout[-1],
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            color="#e45756",
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="step",
+        ylabel="loss (nats per token)",
+        title=workdir.name,
+    )
+    plain = ScalarFormatter()  # 1000 and 4.5, not powers of ten
+    plain.set_scientific(False)
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(which="major", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+    path = workdir / "loss.png"
+    temporary = path.with_suffix(".png.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+    return path

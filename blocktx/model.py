@@ -1,0 +1,113 @@
+"""The Block Transformer (Ho et al., NeurIPS 2024): teacher-forced forward and stepwise decoding.
+
+Shape legend, used in all suffixes and einsum letters:
+
+    B batch           N blocks             K tokens in a block     P prefix length
+    S cache slots     D block width        E token width           H heads
+    C head size       F MLP width          V vocabulary            T tokens or positions
+
+Modules below this one are written for one block or one sequence and lifted here with `vmap`: the
+token decoder over batch and blocks, which are independent once their contexts are known, the block
+decoder over the batch.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blocktx.block_decoder import BlockDecoder
+from blocktx.cache import Cache, create_cache
+from blocktx.config import BlockConfig, ModelConfig
+from blocktx.embedder import LookupEmbedder
+from blocktx.layers import vmap_method
+from blocktx.token_decoder import TokenDecoder
+from blocktx.vanilla import Vanilla
+
+
+class BlockTransformer(nn.Module):
+    """Embedder, block decoder and token decoder.
+
+    `__call__` is for training. Decoding goes `extend` (the prompt's blocks, then each new block),
+    and for every block `start_block` and K - 1 times `step_token`.
+    """
+
+    config: BlockConfig
+
+    def setup(self):
+        self.embedder = LookupEmbedder(self.config)
+        self.block_decoder = BlockDecoder(self.config, self.config.block_decoder)
+        self.token_decoder = TokenDecoder(self.config)
+
+    def __call__(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
+        """Float32 logits `[B, N-1, K, V]`; entry j predicts block j+1 from blocks 0..j.
+
+        `mask_BxNxK` is 1 for real tokens. Positions count padding.
+        """
+        mask_BxNxK = mask_BxNxK.astype(bool)
+        context_BxNxD = self.contexts(tokens_BxNxK, mask_BxNxK)
+        decode = vmap_method(vmap_method(TokenDecoder.__call__))
+        return decode(
+            self.token_decoder, context_BxNxD[:, :-1], tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:]
+        )
+
+    def contexts(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
+        """Context embeddings `[B, N, D]`; entry i is all that block i+1 will know of 0..i."""
+        real_BxN = mask_BxNxK.astype(bool).any(-1)
+        return vmap_method(BlockDecoder.__call__)(
+            self.block_decoder, self.embed_blocks(tokens_BxNxK), real_BxN
+        )
+
+    def embed_blocks(self, tokens_BxNxK: jax.Array) -> jax.Array:
+        """Input block embeddings `[B, N, D]`."""
+        return vmap_method(vmap_method(LookupEmbedder.__call__))(self.embedder, tokens_BxNxK)
+
+    def create_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache for up to `slots` blocks a row."""
+        return create_cache(self.config.block_decoder, batch, slots, self.config.compute_dtype)
+
+    def extend(
+        self, tokens_BxNxK: jax.Array, start_B: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Context embeddings `[B, N, D]` of N more blocks, and the cache with them in it.
+
+        Row b's blocks take slots `start_B[b]` to `start_B[b] + N - 1`, all of which must exist, and
+        see the slots before. Blocks of padding may only stand at the end: they are hidden, and
+        later overwritten, when the next call's `start_B` points at the first of them.
+        """
+        return vmap_method(BlockDecoder.extend)(
+            self.block_decoder, self.embed_blocks(tokens_BxNxK), start_B, cache
+        )
+
+    def create_token_cache(self, batch: int) -> Cache:
+        """An empty cache for the prefix and all tokens but the last of one block a row."""
+        slots = self.config.prefix_length + self.config.block_length - 1
+        return create_cache(self.config.token_decoder, batch, slots, self.config.compute_dtype)
+
+    def start_block(self, context_BxD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits `[B, V]` of the first token of the block after `context_BxD`, and its cache."""
+        return vmap_method(TokenDecoder.start)(self.token_decoder, context_BxD, cache)
+
+    def step_token(
+        self, token_B: jax.Array, index: jax.Array | int, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Logits `[B, V]` of token `index + 1`, from `token_B`, which is token `index`."""
+        return vmap_method(TokenDecoder.step, (0, None, 0))(
+            self.token_decoder, token_B, index, cache
+        )
+
+
+Model = BlockTransformer | Vanilla
+
+
+def build(config: ModelConfig) -> Model:
+    """The module that `config` describes."""
+    return BlockTransformer(config) if config.kind == "block" else Vanilla(config)
+
+
+def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
+    """New parameters as nested dicts of arrays: normal weights, zero biases, unit norm scales."""
+    shape = (1, 2, model.config.block_length) if model.config.kind == "block" else (1, 2)
+    tokens = jnp.zeros(shape, jnp.int32)
+    return model.init(key, tokens, tokens)["params"]

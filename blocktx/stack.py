@@ -1,0 +1,106 @@
+"""The stack of layers that block decoder, token decoder and vanilla model share."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blocktx.attention import Attention
+from blocktx.cache import Cache, LayerCache
+from blocktx.config import ModelConfig, StackConfig
+from blocktx.layers import MLP, layer_norm
+
+
+class Layer(nn.Module):
+    """A GPT-NeoX layer: attention and MLP side by side, each on a norm of its own of the input."""
+
+    config: ModelConfig
+    stack: StackConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_TxD: jax.Array,
+        position_T: jax.Array,
+        mask_TxS: jax.Array,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        attention = Attention(self.config, self.stack, name="attention")
+        mlp = MLP(self.config, self.stack.mlp_size, name="mlp")
+        attended_TxD, cache = attention(
+            layer_norm(self.config, name="attention_norm")(x_TxD), position_T, mask_TxS, cache
+        )
+        return x_TxD + attended_TxD + mlp(layer_norm(self.config, name="mlp_norm")(x_TxD)), cache
+
+
+class Stack(nn.Module):
+    """Layers and a final norm, over one sequence."""
+
+    config: ModelConfig
+    stack: StackConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_TxD: jax.Array,
+        position_T: jax.Array,
+        mask_TxS: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Args and results as of `Attention`; a cache needs `scan_layers` to be False."""
+        layers, scan = self.stack.layers, self.config.scan_layers
+        layer = Layer
+        if self.config.remat == "full":
+            layer = nn.remat(Layer, prevent_cse=not scan)  # scan is a barrier of its own
+        if scan:
+            if cache is not None:
+                raise ValueError("decoding takes separate layers; see blocktx.stack.unstack_layers")
+            scanned = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=layers,
+            )
+            x_TxD, _ = scanned(self.config, self.stack, name="layers")(x_TxD, position_T, mask_TxS)
+        else:
+            written = []
+            for i in range(layers):
+                x_TxD, layer_cache = layer(self.config, self.stack, name=f"layers_{i}")(
+                    x_TxD, position_T, mask_TxS, None if cache is None else cache[i]
+                )
+                written.append(layer_cache)
+            cache = None if cache is None else tuple(written)
+        return layer_norm(self.config, name="final_norm")(x_TxD), cache
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a model with `scan_layers` -> those of the same model without.
+
+    Every subtree `layers`, whose leaves have a leading layer axis, becomes `layers_0`, `layers_1`,
+    ... A decoding loop over separate arrays takes half the time of one that slices stacked ones
+    inside (shared/DESIGN.md, decision 4), so take them apart once, before the loop.
+    """
+    out = {}
+    for name, value in params.items():
+        if name == "layers":
+            count = jax.tree.leaves(value)[0].shape[0]
+            for i in range(count):
+                out[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
+        else:
+            out[name] = unstack_layers(value) if isinstance(value, dict) else value
+    return out
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`."""
+    out = {
+        name: stack_layers(value) if isinstance(value, dict) else value
+        for name, value in params.items()
+        if not name.startswith("layers_")
+    }
+    layers = [params[f"layers_{i}"] for i in range(len(params)) if f"layers_{i}" in params]
+    if layers:
+        out["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return out

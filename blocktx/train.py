@@ -1,0 +1,280 @@
+"""Training: the state, one compiled step, and the loop around it."""
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+from blocktx.checkpoint import Checkpoints
+from blocktx.config import RunConfig, to_dict
+from blocktx.data.corpus import Corpus, prepare
+from blocktx.data.pipeline import heldout_batches, training_batches
+from blocktx.data.tokenizer import Tokenizer
+from blocktx.evaluate import evaluate
+from blocktx.loss import position_sums
+from blocktx.metrics import MetricsWriter, Progress, plot_loss
+from blocktx.model import Model, build, init_params
+from blocktx.optimizer import optimizer, schedule
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes."""
+
+    step: jax.Array  # int32, the number of steps taken
+    params: dict[str, Any]
+    opt_state: optax.OptState
+
+
+@functools.partial(jax.jit, static_argnames=("config", "model"))
+def create_state(config: RunConfig, model: Model) -> TrainState:
+    """The state before the first step, which follows from `config` (its `seed` above all)."""
+    params = init_params(model, jax.random.key(config.seed))
+    return TrainState(jnp.int32(0), params, optimizer(config).init(params))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "model"), donate_argnames="state")
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], config: RunConfig, model: Model
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update by one batch; `state` is donated.
+
+    The gradient is accumulated over `config.training.microbatches` parts of the batch and divided
+    by the tokens scored in all of them, so it is that of the undivided batch.
+
+    Args:
+      state: the state before the step.
+      batch: `{"tokens": int32 [B, N, K], "mask": bool [B, N, K]}`.
+      config: the run's; static.
+      model: the module that `config.model` describes; static.
+
+    Returns:
+      The state after the step, and the scalars `loss` (nats a token, before the update),
+      `grad_norm` (before clipping), `learning_rate` and `tokens` (real ones in the batch).
+    """
+
+    def nats(params: dict[str, Any], part: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        nats_K, count_K = position_sums(model, params, part["tokens"], part["mask"])
+        return nats_K.sum(), count_K.sum()
+
+    def accumulate(sums: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
+        (part_nats, part_count), part_grads = jax.value_and_grad(nats, has_aux=True)(
+            state.params, part
+        )
+        return jax.tree.map(jnp.add, sums, (part_nats, part_count, part_grads)), None
+
+    def split(x: jax.Array) -> jax.Array:
+        # Each part takes every M-th row, so that it is spread over all devices that hold the batch.
+        parts = config.training.microbatches
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+    (total_nats, count, grads), _ = jax.lax.scan(accumulate, zeros, jax.tree.map(split, batch))
+    count = jnp.maximum(count, 1)  # a batch without scored tokens changes nothing by its gradient
+    grads = jax.tree.map(lambda grad: grad / count, grads)
+
+    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": total_nats / count,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": jnp.asarray(schedule(config)(state.step), jnp.float32),
+        "tokens": batch["mask"].sum(dtype=jnp.int32),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def train(
+    config: RunConfig, workdir: str | os.PathLike[str], *, resume: bool = False
+) -> TrainState:
+    """Trains to step `config.training.steps`, and leaves in `workdir` all that a run is.
+
+    That is `checkpoints`, `tokenizer.json`, `config.json`, `metrics.jsonl`, `tensorboard` and
+    `loss.png`. With `resume`, training goes on from the newest checkpoint in `workdir`, exactly as
+    if it had not been interrupted, or begins if there is none.
+
+    SIGINT (Ctrl-C) and SIGTERM, if this is the main thread, end training after the step under way
+    and with a checkpoint; a second one takes its usual effect at once.
+
+    Raises:
+      SystemExit: after SIGINT or SIGTERM, with the code 128 + signal.
+      FileExistsError: `workdir` holds a run, and `resume` is false.
+      FileNotFoundError: the data's source or tokenizer is not there.
+      ValueError: the data do not do, or the run in `workdir` cannot be resumed with this `config`.
+      FloatingPointError: loss, gradient or parameters are not finite. They are never saved.
+    """
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    if not resume:
+        _require_no_run(workdir)
+    steps = config.training.steps
+    corpus = prepare(config.data, config.model.vocab_size)
+    batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id)
+    model = build(config.model)
+
+    stopped_by = None
+    with _StopSignals() as stop, Checkpoints(workdir, config) as checkpoints:
+        if checkpoints.latest_step() is None:
+            start, state = 0, create_state(config, model)
+        else:
+            _require_same_tokenizer(workdir, corpus.tokenizer, config)
+            resumed = checkpoints.restore(*_abstract_state(config, model))
+            start = resumed.step
+            state = TrainState(jnp.int32(start), resumed.params, resumed.opt_state)
+            batches.set_state(resumed.data)
+        corpus.tokenizer.save(workdir / "tokenizer.json")
+        _write_json(workdir / "config.json", to_dict(config))
+        _print_summary(config, corpus, state)
+        evaluate_heldout = _heldout_evaluation(config, model, corpus)
+        if start >= steps:
+            print(f"resumed at step {start} of {steps}: training is finished")
+            evaluate_heldout(start, state.params)
+
+        try:
+            with (
+                MetricsWriter(workdir, after_step=start) as writer,
+                Progress(writer, config.training, start) as progress,
+            ):
+                for step in range(start + 1, steps + 1):
+                    state, metrics = train_step(state, next(batches), config, model)
+                    progress.add(step, metrics)
+                    stopped_by, last = stop.signal, step == steps
+                    if stopped_by or last or step % config.training.checkpoint_every == 0:
+                        progress.flush()
+                        _require_finite(step, state.params)
+                        checkpoints.save(step, state.params, state.opt_state, batches.get_state())
+                    if stopped_by:
+                        break
+                    if last or step % config.training.evaluate_every == 0:
+                        progress.flush()
+                        writer.write(step, evaluate_heldout(step, state.params))
+        except FloatingPointError as error:
+            last_good = checkpoints.latest_step()
+            where = "there is none" if last_good is None else f"{checkpoints.directory}/{last_good}"
+            raise FloatingPointError(f"{error}; last good checkpoint: {where}") from error
+
+    plot_loss(workdir)
+    if stopped_by:
+        print(
+            f"stopped by {stopped_by.name} and saved at step {step} of {steps} in {workdir}; "
+            "run the same command with --resume to go on",
+            flush=True,
+        )
+        raise SystemExit(128 + stopped_by)
+    return state
+
+
+class _StopSignals:
+    """Notes SIGINT or SIGTERM in `signal`. The second one is handled as it was before."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = signal.Signals(number)
+        self.__exit__()
+
+
+def _heldout_evaluation(
+    config: RunConfig, model: Model, corpus: Corpus
+) -> Callable[[int, dict[str, Any]], dict[str, float]]:
+    """A function of step and parameters that prints the held-out loss and returns it as scalars."""
+    documents = corpus.heldout
+    batches = heldout_batches(documents, config, corpus.tokenizer.pad_id)
+    if next(iter(batches), None) is None:
+        print(
+            "warning: no held-out text to evaluate on "
+            f"(config.data.holdout_every is {config.data.holdout_every})"
+        )
+        return lambda step, params: {}
+
+    def evaluate_heldout(step: int, params: dict[str, Any]) -> dict[str, float]:
+        bytes_per_token = documents.text_bytes / len(documents.tokens)
+        evaluation = evaluate(model, params, batches, bytes_per_token)
+        tqdm.write(f"held-out step={step} {evaluation}")
+        return {f"heldout/{name}": value for name, value in evaluation.scalars().items()}
+
+    return evaluate_heldout
+
+
+def _require_finite(step: int, params: dict[str, Any]) -> None:
+    # A finite gradient can still make them overflow.
+    if not _all_finite(params):
+        raise FloatingPointError(f"step {step}: the parameters are not finite")
+
+
+@jax.jit
+def _all_finite(params: dict[str, Any]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()
+
+
+def _require_no_run(workdir: pathlib.Path) -> None:
+    found = [n for n in ("checkpoints", "config.json", "metrics.jsonl") if (workdir / n).exists()]
+    if found:
+        raise FileExistsError(
+            f"{workdir}: there is a run in it ({', '.join(found)}); pass --resume to go on with "
+            "it, or choose another workdir"
+        )
+
+
+def _require_same_tokenizer(workdir: pathlib.Path, now: Tokenizer, config: RunConfig) -> None:
+    path = workdir / "tokenizer.json"
+    saved = Tokenizer.load(path, config.data.end_token, config.data.pad_token)
+    if saved.fingerprint != now.fingerprint:
+        raise ValueError(
+            f"{path}: the run was trained with another tokenizer than config.data gives now "
+            f"(source {config.data.source!r}, tokenizer {config.data.tokenizer!r}); restore what "
+            "has changed there, or choose another workdir"
+        )
+
+
+def _abstract_state(config: RunConfig, model: Model) -> tuple[dict[str, Any], Any]:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    state = jax.eval_shape(functools.partial(create_state, config, model))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (state.params, state.opt_state),
+    )
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _print_summary(config: RunConfig, corpus: Corpus, state: TrainState) -> None:
+    total = outside = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        total += leaf.size
+        if path[-1].key != "embedding" and "classifier" not in (key.key for key in path):
+            outside += leaf.size
+    train, heldout = corpus.train, corpus.heldout
+    devices = jax.devices()
+    print(
+        f"model    {config.model.kind}, {total:,} parameters, {outside:,} non-embedding\n"
+        f"data     {len(train.tokens):,} tokens in {len(train):,} documents, held out "
+        f"{len(heldout.tokens):,} in {len(heldout):,}\n"
+        f"devices  {len(devices)} x {devices[0].device_kind}",
+        flush=True,
+    )

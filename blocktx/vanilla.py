@@ -1,0 +1,51 @@
+"""The decoder-only baseline: one stack over tokens.
+
+It decodes through the same methods as `blocktx.model.BlockTransformer`, as a model whose blocks are
+one token long and whose context embedding only has to be classified.
+"""
+
+import flax.linen as nn
+import jax
+
+from blocktx.block_decoder import BlockDecoder
+from blocktx.cache import Cache, create_cache
+from blocktx.config import VanillaConfig
+from blocktx.layers import classifier, embedding, vmap_method
+
+
+class Vanilla(nn.Module):
+    """GPT-NeoX. The methods below `__call__` have the contracts of `BlockTransformer`, with K = 1."""
+
+    config: VanillaConfig
+
+    def setup(self):
+        self.embed = embedding(self.config, self.config.decoder.width, name="embed")
+        self.decoder = BlockDecoder(self.config, self.config.decoder)
+        self.classifier = classifier(self.config, name="classifier")
+
+    def __call__(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """Float32 logits `[B, T, V]`; entry t predicts token t+1 from tokens 0..t.
+
+        `mask_BxT` is 1 for real tokens; padding is seen by no other token.
+        """
+        hidden_BxTxD = vmap_method(BlockDecoder.__call__)(
+            self.decoder, self.embed(tokens_BxT), mask_BxT.astype(bool)
+        )
+        return self.classifier(hidden_BxTxD)
+
+    def create_cache(self, batch: int, slots: int) -> Cache:
+        return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
+
+    def extend(
+        self, tokens_BxNxK: jax.Array, start_B: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        return vmap_method(BlockDecoder.extend)(
+            self.decoder, self.embed(tokens_BxNxK[..., 0]), start_B, cache
+        )
+
+    def create_token_cache(self, batch: int) -> Cache:
+        del batch
+        return ()
+
+    def start_block(self, context_BxD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        return self.classifier(context_BxD), cache
