@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from blocktx import checkpoint, model, sampling
 from blocktx.config import RunConfig
@@ -80,12 +81,19 @@ class Engine:
         return self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
 
 
-def load(path: str) -> Engine:
-    """The latest checkpoint of a run folder, or the one at `path`, with its tokenizer.
+def load(path: epath.PathLike) -> Engine:
+    """The latest checkpoint of a run folder, or the one at `path`, with the run's tokenizer.
 
     Raises:
-      FileNotFoundError: there is no checkpoint or no tokenizer.
-      ValueError: what is there is not a blocktx checkpoint, or does not fit its own config.
+      FileNotFoundError: there is no checkpoint at `path`, or no tokenizer beside it.
+      ValueError: what is there is not a blocktx checkpoint, is damaged, or does not fit its config.
     """
-    loaded = checkpoint.load(path)
-    return Engine(loaded.config, loaded.params, loaded.tokenizer)
+    loaded = checkpoint.load_params(path)
+    file = loaded.path.parent.parent / "tokenizer.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file}: not found; a run's tokenizer stands beside its `checkpoints` folder"
+        )
+    data = loaded.config.data
+    tokenizer = Tokenizer.load(file, data.end_token, data.pad_token)
+    return Engine(loaded.config, loaded.params, tokenizer)

@@ -1,4 +1,4 @@
-"""What a run measures: progress bar, `metrics.jsonl`, TensorBoard event files, plot of the losses."""
+"""What a run measures, shown: progress bar, metrics.jsonl, TensorBoard files, plot of the loss."""
 
 import json
 import math
@@ -79,7 +79,7 @@ class Progress:
             self._read(*pending)
 
     def flush(self) -> None:
-        """Reads all metrics, as `add`. What is done until the next step is not timed as training."""
+        """Reads all metrics, as `add`. What is done before the next step is not timed."""
         if self._pending is not None:
             self._read(*self._pending)
         self._pending, self._since = None, None

@@ -1,5 +1,6 @@
 """Samplers, and the jitted loop that generates: a block step and K token steps an iteration."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -123,18 +124,7 @@ def generate(
     new_blocks = -(-max_new_tokens // config.block_length)
     rows, prompt_blocks = tokens_BxNxK.shape[:2]
     if prompt_blocks + new_blocks > config.blocks:
-        room = (config.blocks - prompt_blocks) * config.block_length
-        raise ValueError(
-            f"a prompt of {int(np.asarray(mask_BxT).sum(1).max())} tokens and {max_new_tokens} new "
-            f"tokens do not fit the context of {config.context_length} tokens (in whole blocks of "
-            f"{config.block_length}); "
-            + (f"ask for at most {room} new tokens or " if room > 0 else "")
-            + f"keep the prompt to {(config.blocks - new_blocks) * config.block_length} tokens"
-            if new_blocks < config.blocks
-            else f"max_new_tokens: {max_new_tokens} leave no room for a prompt in the context of "
-            f"{config.context_length} tokens; ask for at most "
-            f"{(config.blocks - 1) * config.block_length}"
-        )
+        raise ValueError(_does_not_fit(model, prompt_blocks, max_new_tokens))
     sampling = Sampling.create(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, rows=rows
     )
@@ -158,10 +148,23 @@ def generate(
     return generated_BxMxK.reshape(rows, -1)[:, :max_new_tokens]
 
 
+def _does_not_fit(model: Model, prompt_blocks: int, max_new_tokens: int) -> str:
+    length, blocks = model.config.block_length, model.config.blocks
+    new_blocks = -(-max_new_tokens // length)
+    advice = []
+    if new_blocks < blocks:
+        advice.append(f"keep the prompt to {(blocks - new_blocks) * length} tokens")
+    if prompt_blocks < blocks:
+        advice.append(f"ask for at most {(blocks - prompt_blocks) * length} new tokens")
+    return (
+        f"a prompt of {prompt_blocks} and {new_blocks} new blocks of {length} (max_new_tokens "
+        f"{max_new_tokens}) do not fit the context of {blocks} blocks "
+        f"({model.config.context_length} tokens); {' or '.join(advice) or 'shorten both'}"
+    )
+
+
 def separate_layers(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The same model with one subtree of parameters a layer, which is what decoding takes."""
-    import dataclasses
-
     config = dataclasses.replace(model.config, scan_layers=False)
     return model.clone(config=config), unstack_layers(params)
 
@@ -197,9 +200,7 @@ def _bucket(blocks: int, block_length: int) -> int:
     return 1 << (max(blocks, _SMALLEST_BUCKET // block_length) - 1).bit_length()
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "new_bucket"), donate_argnames=("cache",)
-)
+@functools.partial(jax.jit, static_argnames=("model", "new_bucket"), donate_argnames=("cache",))
 def _generate(
     model: Model,
     params: dict[str, Any],

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -136,8 +137,10 @@ def train(
         _print_summary(config, corpus, state)
         evaluate_heldout = _heldout_evaluation(config, model, corpus)
         if start >= steps:
-            print(f"resumed at step {start} of {steps}: training is finished")
-            evaluate_heldout(start, state.params)
+            print(f"the run is at step {start} of {steps} already: nothing is left to train")
+            if evaluate_heldout is not None:
+                evaluate_heldout(start, state.params)
+            return state
 
         try:
             with (
@@ -154,7 +157,9 @@ def train(
                         checkpoints.save(step, state.params, state.opt_state, batches.get_state())
                     if stopped_by:
                         break
-                    if last or step % config.training.evaluate_every == 0:
+                    if evaluate_heldout is not None and (
+                        last or step % config.training.evaluate_every == 0
+                    ):
                         progress.flush()
                         writer.write(step, evaluate_heldout(step, state.params))
         except FloatingPointError as error:
@@ -197,21 +202,26 @@ class _StopSignals:
 
 def _heldout_evaluation(
     config: RunConfig, model: Model, corpus: Corpus
-) -> Callable[[int, dict[str, Any]], dict[str, float]]:
-    """A function of step and parameters that prints the held-out loss and returns it as scalars."""
+) -> Callable[[int, dict[str, Any]], dict[str, float]] | None:
+    """A function of step and parameters that prints the held-out loss and returns it as scalars.
+
+    None, with a warning, if nothing is held out.
+    """
     documents = corpus.heldout
     batches = heldout_batches(documents, config, corpus.tokenizer.pad_id)
     if next(iter(batches), None) is None:
         print(
             "warning: no held-out text to evaluate on "
-            f"(config.data.holdout_every is {config.data.holdout_every})"
+            f"(config.data.holdout_every is {config.data.holdout_every})",
+            flush=True,
         )
-        return lambda step, params: {}
+        return None
 
     def evaluate_heldout(step: int, params: dict[str, Any]) -> dict[str, float]:
         bytes_per_token = documents.text_bytes / len(documents.tokens)
         evaluation = evaluate(model, params, batches, bytes_per_token)
-        tqdm.write(f"held-out step={step} {evaluation}")
+        tqdm.write(f"held-out step={step} {evaluation}")  # to stdout, above the bar
+        sys.stdout.flush()
         return {f"heldout/{name}": value for name, value in evaluation.scalars().items()}
 
     return evaluate_heldout

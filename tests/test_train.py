@@ -1,0 +1,325 @@
+"""The step against an undivided one, exact resumption, and every way for a run to end."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_run import MODEL, STACK, run_config, write_corpus
+
+import blocktx.train as module
+from blocktx import metrics
+from blocktx.checkpoint import load_params
+from blocktx.config import DataConfig, VanillaConfig
+from blocktx.data.tokenizer import Tokenizer
+from blocktx.loss import position_sums
+from blocktx.model import build
+from blocktx.optimizer import optimizer, schedule
+from blocktx.train import TrainState, create_state, train, train_step
+
+MODULE = build(MODEL)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> DataConfig:
+    return write_corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """Configuration, folder and final state of a run of four steps with checkpoints at 2 and 4."""
+    config = run_config(data, checkpoint_every=2)
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return config, workdir, train(config, workdir)
+
+
+def batch(seed=0, rows=4):
+    rng = np.random.default_rng(seed)
+    shape = (rows, MODEL.blocks, MODEL.block_length)
+    mask = rng.random(shape) < 0.7
+    mask[0, 1:] = False  # parts of very different numbers of scored tokens
+    return {"tokens": rng.integers(0, MODEL.vocab_size, shape, dtype=np.int32), "mask": mask}
+
+
+def assert_same(got, wanted):
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+# Huge eps makes AdamW like SGD: updates compare as gradients do, not as their signs.
+LIKE_SGD = dict(eps=1e3, learning_rate=1e3, clip_norm=0.0)
+
+
+def assert_close(got, wanted):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), got, wanted)
+
+
+def test_step_is_optax_on_the_gradient_of_the_mean(data):
+    config = run_config(data, optimizer=LIKE_SGD)
+    state = create_state(config, MODULE)
+    tokens, mask = batch().values()
+
+    @jax.jit
+    def gradient_step(params):
+        def loss(params):
+            nats_K, count_K = position_sums(MODULE, params, tokens, mask)
+            return nats_K.sum() / count_K.sum()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        chain = optimizer(config)
+        updates, _ = chain.update(grads, chain.init(params), params)
+        return optax.apply_updates(params, updates), value, optax.tree.norm(grads)
+
+    wanted, value, norm = gradient_step(state.params)
+    after, got = train_step(state, batch(), config, MODULE)
+    assert_close(after.params, wanted)
+    assert_close([got["loss"], got["grad_norm"]], [value, norm])
+    np.testing.assert_allclose(got["learning_rate"], schedule(config)(0), rtol=1e-6)
+    assert got["tokens"] == mask.sum()
+    assert after.step == 1
+
+
+def test_microbatches_equal_the_undivided_batch(data):
+    def after(microbatches):
+        config = run_config(data, microbatches=microbatches, optimizer=LIKE_SGD)
+        state, got = train_step(create_state(config, MODULE), batch(), config, MODULE)
+        return state.params, got
+
+    assert_close(after(4), after(1))
+
+
+def test_step_takes_over_the_memory_of_its_state(finished):
+    config, _, _ = finished
+    state = create_state(config, MODULE)
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    train_step(state, batch(), config, MODULE)
+    assert all(leaf.is_deleted() for leaf in leaves)
+
+
+def test_step_compiles_once(finished):
+    config, _, state = finished
+    state, _ = train_step(jax.tree.map(jnp.copy, state), batch(), config, MODULE)
+    before = train_step._cache_size()
+    train_step(state, batch(1), dataclasses.replace(config), build(config.model))
+    assert train_step._cache_size() == before
+
+
+def test_batch_without_scored_tokens(finished):
+    config, _, _ = finished
+    nothing = {**batch(), "mask": np.zeros_like(batch()["mask"])}
+    state, got = train_step(create_state(config, MODULE), nothing, config, MODULE)
+    assert got["loss"] == got["grad_norm"] == got["tokens"] == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_run_leaves_all_that_a_run_is(finished, data):
+    config, workdir, state = finished
+    assert isinstance(state, TrainState)
+    assert set(os.listdir(workdir)) == {
+        *("checkpoints", "config.json", "loss.png", "metrics.jsonl"),
+        *("tensorboard", "tokenizer.json"),
+    }
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "4"]
+    assert json.loads((workdir / "config.json").read_text())["data"]["source"] == data.source
+    checkpoint = load_params(workdir)
+    assert (checkpoint.step, checkpoint.config) == (4, config)
+    assert_same(checkpoint.params, state.params)
+    lines = metrics.read(workdir)
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "heldout/loss" in line] == [4]
+
+
+def test_loss_falls_and_is_evaluated(data, tmp_path, capsys):
+    settings = dict(steps=30, log_every=29, evaluate_every=20)
+    train(run_config(data, optimizer=dict(learning_rate=1e-2), **settings), tmp_path / "run")
+    first, *_, last = [r["train/loss"] for r in metrics.read(tmp_path / "run") if "train/loss" in r]
+    assert first > 5.5  # ln 300 is 5.7
+    assert last < first - 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held-out")]
+    assert [line.split()[1] for line in lines] == ["step=20", "step=30"]
+    assert all("perplexity=" in line and "bits/byte=" in line for line in lines)
+    assert len(lines[-1].split("by position ")[1].split()) == MODEL.block_length
+
+
+def test_vanilla_model_trains(data, tmp_path, capsys):
+    model = VanillaConfig(vocab_size=300, context_length=32, decoder=STACK)
+    config = dataclasses.replace(run_config(data, steps=2), model=model)
+    assert train(config, tmp_path / "run").step == 2
+    assert "held-out step=2 loss=" in capsys.readouterr().out
+
+
+def test_longer_run_after_a_finished_one_is_exact(data, tmp_path, capsys):
+    """With nothing held out, about which there is one warning."""
+
+    def run(workdir, steps, **resume):
+        nothing = dataclasses.replace(data, holdout_every=0)
+        constant = dict(schedule="constant")
+        config = run_config(nothing, steps=steps, evaluate_every=1, optimizer=constant)
+        return train(config, tmp_path / workdir, **resume)
+
+    whole = run("whole", 6)
+    out = capsys.readouterr().out
+    assert out.count("warning: no held-out text to evaluate on") == 1
+    assert "held-out step" not in out
+    run("parts", 3)
+    parts = run("parts", 6, resume=True)
+    assert_same((parts.params, parts.opt_state), (whole.params, whole.opt_state))
+    assert parts.step == whole.step == 6
+
+    def losses(name):
+        return [(line["step"], line["train/loss"]) for line in metrics.read(tmp_path / name)]
+
+    assert losses("parts") == losses("whole")
+
+
+def send_at_step(monkeypatch, at, *signals):
+    """Sends the signals to this process while step `at` is under way."""
+    step = module.train_step
+
+    def stepped(state, *args):
+        result = step(state, *args)
+        if result[0].step == at:
+            for number in signals:
+                signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(module, "train_step", stepped)
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 2), (signal.SIGTERM, 3)])
+def test_signal_saves_and_resuming_is_exact(number, at, finished, tmp_path, monkeypatch, capsys):
+    config, uninterrupted, wanted = finished
+    workdir = tmp_path / "run"
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        send_at_step(patch, at, number)
+        with pytest.raises(SystemExit) as stopped:
+            train(config, workdir)
+    assert stopped.value.code == 128 + number
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert f"stopped by {number.name} and saved at step {at} of 4" in capsys.readouterr().out
+    checkpoint = load_params(workdir)
+    assert checkpoint.step == at
+    if at == 2:  # what was saved in the background is not what later steps made of it
+        later = load_params(uninterrupted / "checkpoints" / "2")
+        assert_same(later.params, checkpoint.params)
+    state = train(config, workdir, resume=True)
+    assert_same((state.params, state.opt_state), (wanted.params, wanted.opt_state))
+    lines = metrics.read(workdir)
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+
+
+def test_second_signal_ends_at_once(finished, tmp_path, monkeypatch):
+    config, _, _ = finished
+    send_at_step(monkeypatch, 1, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_training_in_another_thread(finished, tmp_path):
+    config, _, wanted = finished
+    states = []
+    thread = threading.Thread(target=lambda: states.append(train(config, tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert_same(states[0].params, wanted.params)
+
+
+def poison(monkeypatch, at, value=jnp.nan):
+    """Lets the update of step `at` give parameters that are not finite, as a bad loss would."""
+    step = module.train_step
+
+    def stepped(state, *args):
+        state, got = step(state, *args)
+        if state.step == at:
+            state = state.replace(params=jax.tree.map(lambda x: x * value, state.params))
+            got = {**got, "loss": got["loss"] * value}
+        return state, got
+
+    monkeypatch.setattr(module, "train_step", stepped)
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_bad_step_stops_and_is_never_saved(at, finished, tmp_path, monkeypatch):
+    config, _, _ = finished  # checkpoints at 2 and 4
+    poison(monkeypatch, at)
+    with pytest.raises(FloatingPointError, match=f"step {at}: the loss is nan") as error:
+        train(config, tmp_path / "run")
+    assert str(error.value).endswith(f"last good checkpoint: {tmp_path}/run/checkpoints/2")
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["2"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(load_params(tmp_path / "run").params))
+
+
+def test_bad_step_before_the_first_checkpoint(finished, tmp_path, monkeypatch):
+    config, _, _ = finished
+    poison(monkeypatch, 1)
+    with pytest.raises(FloatingPointError, match=r"step 1: .*last good checkpoint: there is none"):
+        train(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+def test_parameters_that_overflow_by_a_finite_gradient_are_not_saved(data, tmp_path):
+    config = run_config(data, steps=1, optimizer=dict(learning_rate=1e39))
+    with pytest.raises(FloatingPointError, match="step 1: the parameters are not finite"):
+        train(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_folder_with_a_run_is_left_alone(finished):
+    config, workdir, _ = finished
+    before = sorted(path.stat().st_mtime_ns for path in workdir.rglob("*"))
+    with pytest.raises(FileExistsError, match="pass --resume to go on with it, or choose another"):
+        train(config, workdir)
+    assert sorted(path.stat().st_mtime_ns for path in workdir.rglob("*")) == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_resume_without_a_run_begins_one(exists, finished, tmp_path):
+    config, _, wanted = finished
+    if exists:
+        (tmp_path / "run").mkdir()
+    assert_same(train(config, tmp_path / "run", resume=True).params, wanted.params)
+
+
+def test_resume_of_a_finished_run_evaluates_only(finished, capsys):
+    config, workdir, wanted = finished
+    lines = metrics.read(workdir)
+    state = train(config, workdir, resume=True)
+    assert_same(state.params, wanted.params)
+    out = capsys.readouterr().out
+    assert "at step 4 of 4 already: nothing is left to train" in out
+    assert out.splitlines()[-1].startswith("held-out step=4 loss=")
+    assert metrics.read(workdir) == lines
+
+
+def test_resume_with_another_model(finished):
+    config, workdir, _ = finished
+    changed = dataclasses.replace(config, seed=1)
+    with pytest.raises(ValueError, match=r"config\.seed: checkpoint 0, now 1"):
+        train(changed, workdir, resume=True)
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 0
+
+
+def test_resume_when_the_corpus_gives_another_tokenizer(finished, tmp_path):
+    config, workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    special = (config.data.end_token, config.data.pad_token)
+    other = Tokenizer.train(["zebra quagga okapi"], MODEL.vocab_size, *special)
+    other.save(tmp_path / "run" / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the run was trained with another"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_failure_to_read_data_leaves_no_run_behind(data, tmp_path):
+    bad = dataclasses.replace(data, source=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(run_config(bad), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
