@@ -5,19 +5,36 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.cache import LayerCache
-from blocktx.config import ModelConfig, StackConfig
 from blocktx.layers import linear, rotary
+from blocktx.model_config import ModelConfig, StackConfig
 
 
 def attend(
     q_TxHxC: jax.Array, k_SxHxC: jax.Array, v_SxHxC: jax.Array, mask_TxS: jax.Array
 ) -> jax.Array:
-    """Softmax attention, `[T, H, C]`. A query whose mask is False everywhere sees all keys alike."""
+    """Softmax attention, `[T, H, C]`. A query without a key that it may see sees all alike."""
     scores_HxTxS = jnp.einsum("thc,shc->hts", q_TxHxC, k_SxHxC, preferred_element_type=jnp.float32)
     scores_HxTxS *= q_TxHxC.shape[-1] ** -0.5
     scores_HxTxS = jnp.where(mask_TxS, scores_HxTxS, jnp.finfo(jnp.float32).min)
     weights_HxTxS = jax.nn.softmax(scores_HxTxS, axis=-1).astype(v_SxHxC.dtype)
     return jnp.einsum("hts,shc->thc", weights_HxTxS, v_SxHxC)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a block's positions to the M vectors of its memory, without order."""
+
+    config: ModelConfig
+    stack: StackConfig
+
+    @nn.compact
+    def __call__(self, x_TxD: jax.Array, memory_MxD: jax.Array) -> jax.Array:
+        stack = self.stack
+        shape = (stack.heads, stack.head_size)
+        q_TxHxC = linear(self.config, shape, name="q")(x_TxD)
+        kv = linear(self.config, (2, *shape), name="kv")(memory_MxD)
+        mask_TxM = jnp.ones((x_TxD.shape[0], memory_MxD.shape[0]), bool)
+        y_TxHxC = attend(q_TxHxC, kv[:, 0], kv[:, 1], mask_TxM)
+        return linear(self.config, stack.width, axis=(-2, -1), name="out")(y_TxHxC)
 
 
 class Attention(nn.Module):

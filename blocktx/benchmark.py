@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from blocktx import sampling
-from blocktx.config import BlockConfig, VanillaConfig
 from blocktx.model import Model, build, count_params, init_params
+from blocktx.model_config import BlockConfig, VanillaConfig
 
 
 def equal_vanilla(config: BlockConfig) -> VanillaConfig:

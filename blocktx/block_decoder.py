@@ -4,13 +4,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blocktx.cache import Cache, filled_mask
-from blocktx.config import ModelConfig, StackConfig
+from blocktx.cache import Cache, causal_mask
+from blocktx.model_config import ModelConfig, StackConfig
 from blocktx.stack import Stack
 
 
 class BlockDecoder(nn.Module):
-    """Causal over blocks. The vanilla model is the same over blocks of one token."""
+    """Causal over blocks, each of n embeddings, which see each other (appendix B.2).
+
+    The vanilla model is the same over blocks of one token.
+    """
 
     config: ModelConfig
     stack_config: StackConfig
@@ -18,22 +21,30 @@ class BlockDecoder(nn.Module):
     def setup(self):
         self.stack = Stack(self.config, self.stack_config)
 
-    def __call__(self, embeddings_NxD: jax.Array, real_N: jax.Array) -> jax.Array:
-        """Context embeddings `[N, D]` of a whole sequence; entry i is all that block i+1 will know.
+    def __call__(self, embeddings_NxnxD: jax.Array, real_N: jax.Array) -> jax.Array:
+        """Context embeddings `[N, n * D]` of a whole sequence; entry i is all of block i+1's past.
 
         `real_N` is False for blocks of nothing but padding, which no other block sees.
         """
-        position_N = jnp.arange(embeddings_NxD.shape[0])
-        mask_NxN = real_N & filled_mask(position_N, position_N.size)
+        blocks, group, width = embeddings_NxnxD.shape
+        position_T = jnp.arange(blocks * group)
+        mask_TxT = jnp.repeat(real_N, group) & causal_mask(position_T, position_T.size, group)
         # Padding with nothing real before it sees itself: a query without a key would see them all.
-        alone_Nx1 = ~mask_NxN.any(-1, keepdims=True)
-        mask_NxN |= alone_Nx1 & jnp.eye(position_N.size, dtype=bool)
-        return self.stack(embeddings_NxD, position_N, mask_NxN)[0]
+        alone_Tx1 = ~mask_TxT.any(-1, keepdims=True)
+        mask_TxT |= alone_Tx1 & jnp.eye(position_T.size, dtype=bool)
+        x_TxD = embeddings_NxnxD.reshape(-1, width)
+        return self.stack(x_TxD, position_T, mask_TxT)[0].reshape(blocks, -1)
 
     def extend(
-        self, embeddings_NxD: jax.Array, start: jax.Array | int, cache: Cache
+        self, embeddings_NxnxD: jax.Array, start: jax.Array | int, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Context embeddings `[N, D]` of N more blocks, at slots from `start`; the longer cache."""
-        position_N = start + jnp.arange(embeddings_NxD.shape[0])
-        mask_NxS = filled_mask(position_N, cache[0].k_SxHxC.shape[0])
-        return self.stack(embeddings_NxD, position_N, mask_NxS, cache)
+        """Context embeddings `[N, n * D]` of N more blocks, and the cache with them in it.
+
+        `start` is the number of blocks before them; block i has the slots from `i * n` on.
+        """
+        blocks, group, width = embeddings_NxnxD.shape
+        position_T = start * group + jnp.arange(blocks * group)
+        mask_TxS = causal_mask(position_T, cache[0].k_SxHxC.shape[0], group)
+        x_TxD = embeddings_NxnxD.reshape(-1, width)
+        x_TxD, cache = self.stack(x_TxD, position_T, mask_TxS, cache=cache)
+        return x_TxD.reshape(blocks, -1), cache

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blocktx.config import StackConfig
+from blocktx.model_config import StackConfig
 
 
 @flax.struct.dataclass
@@ -35,13 +35,17 @@ Cache = tuple[LayerCache, ...]
 
 
 def create_cache(stack: StackConfig, batch: int, slots: int, dtype: str) -> Cache:
-    """An empty cache for `batch` sequences of up to `slots` positions: `[batch, S, H, C]` a layer."""
+    """An empty cache of `slots` positions for each of `batch` sequences: `[batch, S, H, C]`."""
     shape = (batch, slots, stack.heads, stack.head_size)
     return tuple(
         LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(stack.layers)
     )
 
 
-def filled_mask(position_T: jax.Array, slots: int) -> jax.Array:
-    """`[T, S]` bool: the slots that a query at each position may see, its own and all before."""
-    return jnp.arange(slots) <= position_T[:, None]
+def causal_mask(position_T: jax.Array, slots: int, group: int = 1) -> jax.Array:
+    """`[T, S]` bool: the slots that a query at each position may see.
+
+    They are its own and all before; of positions in groups (the embeddings of one block), also the
+    others of its own group.
+    """
+    return jnp.arange(slots) < (position_T[:, None] // group + 1) * group

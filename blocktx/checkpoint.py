@@ -19,8 +19,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from blocktx.config import ModelConfig, RunConfig, from_config_dict, to_dict
+from blocktx.config import RunConfig, from_config_dict, to_dict
 from blocktx.model import build, init_params
+from blocktx.model_config import ModelConfig
 
 FORMAT_VERSION = 1
 

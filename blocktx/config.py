@@ -1,4 +1,4 @@
-"""Frozen descriptions of a model and a run, and the strict step from a ConfigDict to them.
+"""Frozen descriptions of a run, and the strict step from a ConfigDict to them.
 
 A `configs/*.py` file builds a `RunConfig`, hands it out as a ConfigDict (`to_config_dict`) so that
 flags can override single fields, and the launch script turns the result back (`from_config_dict`).
@@ -16,156 +16,14 @@ from typing import Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
-Dtype = Literal["float32", "bfloat16"]
-
-
-class FieldError(ValueError):
-    """A field that cannot be: `field` is relative to the dataclass that raises."""
-
-    def __init__(self, field: str, problem: str):
-        super().__init__(f"{field}: {problem}")
-        self.field, self.problem = field, problem
-
-
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise FieldError(field, problem)
-
-
-def _positive(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(value > 0, field, f"got {value}, must be greater than 0")
-
-
-def _not_negative(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(value >= 0, field, f"got {value}, must be 0 or greater")
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class StackConfig:
-    """A stack of GPT-NeoX layers (PAPER.md, "The model": backbone)."""
-
-    layers: int
-    width: int
-    heads: int
-    mlp_width: int | None = None  # None: 4 * width
-    rotary_fraction: float = 0.25  # the share of each head that is rotated
-    rotary_base: float = 10_000.0
-
-    def __post_init__(self):
-        _positive(self, "layers", "width", "heads", "rotary_base")
-        if self.mlp_width is not None:
-            _positive(self, "mlp_width")
-        _require(
-            self.width % self.heads == 0,
-            "heads",
-            f"{self.heads} does not divide width {self.width}; use one of {_divisors(self.width)}",
-        )
-        _require(
-            0 <= self.rotary_fraction <= 1,
-            "rotary_fraction",
-            f"got {self.rotary_fraction}, must be between 0 and 1",
-        )
-        _require(
-            self.rotary_dims % 2 == 0,
-            "rotary_fraction",
-            f"{self.rotary_fraction} of head size {self.head_size} is {self.rotary_dims} rotated "
-            "dimensions, which must be an even number; use 0.25, 0.5 or 1.0 of a head size that is "
-            "a multiple of 8",
-        )
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def mlp_size(self) -> int:
-        return 4 * self.width if self.mlp_width is None else self.mlp_width
-
-    @property
-    def rotary_dims(self) -> int:
-        return int(self.head_size * self.rotary_fraction)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _ModelConfig:
-    """What block and vanilla models share. Execution fields change speed and memory, not results."""
-
-    vocab_size: int
-    context_length: int  # tokens
-    initializer_range: float = 0.02  # standard deviation of new weights
-    # Execution.
-    param_dtype: Dtype = "float32"
-    compute_dtype: Dtype = "float32"
-    scan_layers: bool = True  # parameters stacked under one scan; False: one subtree a layer
-    remat: Literal["none", "full"] = "none"  # recompute a layer's activations for its gradient
-
-    def __post_init__(self):
-        _positive(self, "vocab_size", "context_length", "initializer_range")
-
-    @property
-    def blocks(self) -> int:
-        """Blocks in a full context."""
-        return self.context_length // self.block_length
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockConfig(_ModelConfig):
-    """A Block Transformer: lookup embedder, block decoder, prefix token decoder (PAPER.md)."""
-
-    kind: Literal["block"] = "block"
-    block_length: int = 4
-    prefix_length: int = 2
-    block_decoder: StackConfig
-    token_decoder: StackConfig
-
-    def __post_init__(self):
-        super().__post_init__()
-        _positive(self, "block_length", "prefix_length")
-        width = self.block_decoder.width
-        _require(
-            width % self.block_length == 0,
-            "block_length",
-            f"{self.block_length} does not divide block_decoder.width {width} (the lookup embedder "
-            f"concatenates block_length rows of width / block_length); use one of "
-            f"{_divisors(width)}",
-        )
-        _require_whole_blocks(self)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VanillaConfig(_ModelConfig):
-    """The decoder-only baseline: one stack over tokens, GPT-NeoX."""
-
-    kind: Literal["vanilla"] = "vanilla"
-    decoder: StackConfig
-
-    block_length = 1  # a class constant: to data and decoding, a token is a block of one
-
-    def __post_init__(self):
-        super().__post_init__()
-        _require_whole_blocks(self)
-
-
-def _require_whole_blocks(config: "ModelConfig") -> None:
-    length, context = config.block_length, config.context_length
-    below = max(context // length, 2) * length
-    _require(
-        context % length == 0 and context >= 2 * length,
-        "context_length",
-        f"{context} is not two or more whole blocks of block_length {length} (the first block is "
-        f"never predicted); use {below} or {below + length}",
-    )
-
-
-ModelConfig = BlockConfig | VanillaConfig
+from blocktx.model_config import (
+    FieldError,
+    ModelConfig,
+    divisors,
+    not_negative,
+    positive,
+    require,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +39,8 @@ class DataConfig:
 
     def __post_init__(self):
         for field in ("source", "text_field", "tokenizer", "end_token", "pad_token", "cache_dir"):
-            _require(bool(getattr(self, field)), field, "must not be empty")
-        _require(
+            require(bool(getattr(self, field)), field, "must not be empty")
+        require(
             self.holdout_every == 0 or self.holdout_every >= 2,
             "holdout_every",
             f"got {self.holdout_every}; use 0 for none or 2 and more",
@@ -204,11 +62,11 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
 
     def __post_init__(self):
-        _positive(self, "learning_rate", "eps")
-        _not_negative(self, "warmup_steps", "final_fraction", "weight_decay", "clip_norm")
+        positive(self, "learning_rate", "eps")
+        not_negative(self, "warmup_steps", "final_fraction", "weight_decay", "clip_norm")
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
-            _require(0 <= value < 1, field, f"got {value}, must be at least 0 and below 1")
+            require(0 <= value < 1, field, f"got {value}, must be at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,12 +80,12 @@ class TrainingConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        _positive(self, *(field.name for field in dataclasses.fields(self)))
-        _require(
+        positive(self, *(field.name for field in dataclasses.fields(self)))
+        require(
             self.batch_size % self.microbatches == 0,
             "microbatches",
             f"{self.microbatches} does not divide batch_size {self.batch_size}; use one of "
-            f"{_divisors(self.batch_size)}",
+            f"{divisors(self.batch_size)}",
         )
 
 
@@ -242,9 +100,9 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _not_negative(self, "seed")
+        not_negative(self, "seed")
         warmup, steps = self.optimizer.warmup_steps, self.training.steps
-        _require(
+        require(
             warmup <= steps,
             "optimizer.warmup_steps",
             f"{warmup} is more than training.steps {steps}; use {steps} or fewer",

@@ -1,4 +1,4 @@
-"""The parts of a GPT-NeoX layer, each for one sequence: norm, projections, rotary positions, MLP."""
+"""The parts of a GPT-NeoX layer, for one sequence: norm, projections, rotary positions, MLP."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blocktx.config import ModelConfig
+from blocktx.model_config import ModelConfig
 
 
 def layer_norm(config: ModelConfig, *, name: str) -> nn.LayerNorm:
@@ -40,10 +40,10 @@ def linear(
     )
 
 
-def embedding(config: ModelConfig, width: int, *, name: str) -> nn.Embed:
-    """A table of `vocab_size` rows of `width`."""
+def embedding(config: ModelConfig, width: int, *, name: str, rows: int | None = None) -> nn.Embed:
+    """A table of `rows` (None: `vocab_size`) of `width`."""
     return nn.Embed(
-        config.vocab_size,
+        rows or config.vocab_size,
         width,
         dtype=config.compute_dtype,
         param_dtype=config.param_dtype,
@@ -104,7 +104,7 @@ def rotary(x_TxHxC: jax.Array, position_T: jax.Array, dims: int, base: float) ->
     return jnp.concatenate([part.astype(x_TxHxC.dtype) for part in turned] + [rest], axis=-1)
 
 
-def vmap_method(method: Callable, in_axes: int | None | tuple = 0) -> Callable:
+def vmap_method(method: Callable, in_axes: int | tuple | None = 0) -> Callable:
     """A module's method over one more leading axis, with the same parameters for all.
 
     The result takes the module first: `vmap_method(Layer.__call__)(layer, x_BxTxD)`.

@@ -3,6 +3,7 @@
 Shape legend, used in all suffixes and einsum letters:
 
     B batch           N blocks             K tokens in a block     P prefix length
+    n embeddings in a block, nD all of them together
     S cache slots     D block width        E token width           H heads
     C head size       F MLP width          V vocabulary            T tokens or positions
 
@@ -19,10 +20,10 @@ import jax.numpy as jnp
 
 from blocktx.block_decoder import BlockDecoder
 from blocktx.cache import Cache, create_cache
-from blocktx.config import BlockConfig, ModelConfig
-from blocktx.embedder import LookupEmbedder
+from blocktx.embedder import Embedder
 from blocktx.layers import vmap_method
-from blocktx.token_decoder import TokenDecoder
+from blocktx.model_config import BlockConfig, ModelConfig
+from blocktx.token_decoder import TokenCache, TokenDecoder
 from blocktx.vanilla import Vanilla
 
 
@@ -36,7 +37,7 @@ class BlockTransformer(nn.Module):
     config: BlockConfig
 
     def setup(self):
-        self.embedder = LookupEmbedder(self.config)
+        self.embedder = Embedder(self.config)
         self.block_decoder = BlockDecoder(self.config, self.config.block_decoder)
         self.token_decoder = TokenDecoder(self.config)
 
@@ -46,52 +47,55 @@ class BlockTransformer(nn.Module):
         `mask_BxNxK` is 1 for real tokens. Positions count padding.
         """
         mask_BxNxK = mask_BxNxK.astype(bool)
-        context_BxNxD = self.contexts(tokens_BxNxK, mask_BxNxK)
+        context_BxNxnD = self.contexts(tokens_BxNxK, mask_BxNxK)
         decode = vmap_method(vmap_method(TokenDecoder.__call__))
         return decode(
-            self.token_decoder, context_BxNxD[:, :-1], tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:]
+            self.token_decoder, context_BxNxnD[:, :-1], tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:]
         )
 
     def contexts(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
-        """Context embeddings `[B, N, D]`; entry i is all that block i+1 will know of 0..i."""
+        """Context embeddings `[B, N, n * D]`; entry i is all that block i+1 will know of 0..i."""
         real_BxN = mask_BxNxK.astype(bool).any(-1)
         return vmap_method(BlockDecoder.__call__)(
-            self.block_decoder, self.embed_blocks(tokens_BxNxK), real_BxN
+            self.block_decoder, self.embed_blocks(tokens_BxNxK, mask_BxNxK), real_BxN
         )
 
-    def embed_blocks(self, tokens_BxNxK: jax.Array) -> jax.Array:
-        """Input block embeddings `[B, N, D]`."""
-        return vmap_method(vmap_method(LookupEmbedder.__call__))(self.embedder, tokens_BxNxK)
+    def embed_blocks(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
+        """Input block embeddings `[B, N, n, D]`."""
+        embed = vmap_method(vmap_method(Embedder.__call__))
+        return embed(self.embedder, tokens_BxNxK, mask_BxNxK.astype(bool))
 
     def create_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for up to `slots` blocks a row."""
+        slots *= self.config.embeddings_per_block
         return create_cache(self.config.block_decoder, batch, slots, self.config.compute_dtype)
 
     def extend(
-        self, tokens_BxNxK: jax.Array, start_B: jax.Array, cache: Cache
+        self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array, start_B: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Context embeddings `[B, N, D]` of N more blocks, and the cache with them in it.
+        """Context embeddings `[B, N, n * D]` of N more blocks, and the cache with them in it.
 
-        Row b's blocks take slots `start_B[b]` to `start_B[b] + N - 1`, all of which must exist, and
-        see the slots before. Blocks of padding may only stand at the end: they are hidden, and
+        Row b's blocks become its blocks `start_B[b]` to `start_B[b] + N - 1`, for all of which the
+        cache must have room, and see those before. Blocks of padding may only stand at the end: they are hidden, and
         later overwritten, when the next call's `start_B` points at the first of them.
         """
         return vmap_method(BlockDecoder.extend)(
-            self.block_decoder, self.embed_blocks(tokens_BxNxK), start_B, cache
+            self.block_decoder, self.embed_blocks(tokens_BxNxK, mask_BxNxK), start_B, cache
         )
 
     def create_token_cache(self, batch: int) -> Cache:
-        """An empty cache for the prefix and all tokens but the last of one block a row."""
-        slots = self.config.prefix_length + self.config.block_length - 1
+        """An empty cache for what stands before a block and all its tokens but the last."""
+        before = self.config.prefix_length if self.config.conditioning == "prefix" else 1
+        slots = before + self.config.block_length - 1
         return create_cache(self.config.token_decoder, batch, slots, self.config.compute_dtype)
 
-    def start_block(self, context_BxD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits `[B, V]` of the first token of the block after `context_BxD`, and its cache."""
-        return vmap_method(TokenDecoder.start)(self.token_decoder, context_BxD, cache)
+    def start_block(self, context_BxnD: jax.Array, cache: Cache) -> tuple[jax.Array, TokenCache]:
+        """Logits `[B, V]` of the first token of the block after `context_BxnD`, and its cache."""
+        return vmap_method(TokenDecoder.start)(self.token_decoder, context_BxnD, cache)
 
     def step_token(
-        self, token_B: jax.Array, index: jax.Array | int, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
+        self, token_B: jax.Array, index: jax.Array | int, cache: TokenCache
+    ) -> tuple[jax.Array, TokenCache]:
         """Logits `[B, V]` of token `index + 1`, from `token_B`, which is token `index`."""
         return vmap_method(TokenDecoder.step, (0, None, 0))(
             self.token_decoder, token_B, index, cache

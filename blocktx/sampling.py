@@ -230,16 +230,18 @@ def _generate(
     slot_N = jnp.arange(prompt_blocks)
     source_BxN = (slot_N + real_BxN.argmax(1)[:, None]) % prompt_blocks
     tokens_BxNxK = jnp.take_along_axis(tokens_BxNxK, source_BxN[..., None], axis=1)
+    mask_BxNxK = jnp.take_along_axis(mask_BxNxK, source_BxN[..., None], axis=1)
     last_B = real_BxN.sum(1) - 1
-    _, cache = apply("extend", tokens_BxNxK, jnp.zeros_like(last_B), cache)
+    prompt_mask_BxK = jnp.take_along_axis(mask_BxNxK, last_B[:, None, None], axis=1)[:, 0]
+    _, cache = apply("extend", tokens_BxNxK, mask_BxNxK, jnp.zeros_like(last_B), cache)
 
     def choose(logits_BxV: jax.Array, ended_B: jax.Array, position: jax.Array):
         token_B = jnp.where(ended_B, pad_id, sample(logits_BxV, sampling, position))
         return token_B, ended_B | (token_B == end_id)
 
-    def decode_block(context_BxD: jax.Array, ended_B: jax.Array, position: jax.Array):
+    def decode_block(context_BxnD: jax.Array, ended_B: jax.Array, position: jax.Array):
         cache = model.create_token_cache(rows)
-        logits_BxV, cache = apply("start_block", context_BxD, cache)
+        logits_BxV, cache = apply("start_block", context_BxnD, cache)
         token_B, ended_B = choose(logits_BxV, ended_B, position)
 
         def step(carry, index):
@@ -261,9 +263,14 @@ def _generate(
 
     def decode_next(state):
         index, block_BxK, ended_B, cache, out_BxMxK = state
-        context_Bx1xD, cache = apply("extend", block_BxK[:, None], last_B + index, cache)
-        block_BxK, ended_B = decode_block(context_Bx1xD[:, 0], ended_B, index * block_length)
-        return index + 1, block_BxK, ended_B, cache, out_BxMxK.at[:, index].set(block_BxK)
+        # Only a prompt's block has padding that matters: a row that has ended is not read again.
+        mask_BxK = prompt_mask_BxK | (index > 0)
+        context_Bx1xnD, cache = apply(
+            "extend", block_BxK[:, None], mask_BxK[:, None], last_B + index, cache
+        )
+        block_BxK, ended_B = decode_block(context_Bx1xnD[:, 0], ended_B, index * block_length)
+        out_BxMxK = out_BxMxK.at[:, index].set(block_BxK)
+        return index + 1, block_BxK, ended_B, cache, out_BxMxK
 
     state = (
         jnp.int32(0),

@@ -6,14 +6,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blocktx.attention import Attention
+from blocktx.attention import Attention, CrossAttention
 from blocktx.cache import Cache, LayerCache
-from blocktx.config import ModelConfig, StackConfig
 from blocktx.layers import MLP, layer_norm
+from blocktx.model_config import ModelConfig, StackConfig
 
 
 class Layer(nn.Module):
-    """A GPT-NeoX layer: attention and MLP side by side, each on a norm of its own of the input."""
+    """A GPT-NeoX layer: attention and MLP side by side, each on a norm of its own of the input.
+
+    With a memory it is a layer of an encoder-decoder: attention, cross-attention and MLP one after
+    the other, each adding to what came before.
+    """
 
     config: ModelConfig
     stack: StackConfig
@@ -24,6 +28,7 @@ class Layer(nn.Module):
         x_TxD: jax.Array,
         position_T: jax.Array,
         mask_TxS: jax.Array,
+        memory_MxD: jax.Array | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         attention = Attention(self.config, self.stack, name="attention")
@@ -31,7 +36,14 @@ class Layer(nn.Module):
         attended_TxD, cache = attention(
             layer_norm(self.config, name="attention_norm")(x_TxD), position_T, mask_TxS, cache
         )
-        return x_TxD + attended_TxD + mlp(layer_norm(self.config, name="mlp_norm")(x_TxD)), cache
+        mlp_norm = layer_norm(self.config, name="mlp_norm")
+        if memory_MxD is None:
+            return x_TxD + attended_TxD + mlp(mlp_norm(x_TxD)), cache
+        x_TxD += attended_TxD
+        cross = CrossAttention(self.config, self.stack, name="cross_attention")
+        cross_norm = layer_norm(self.config, name="cross_attention_norm")
+        x_TxD += cross(cross_norm(x_TxD), memory_MxD)
+        return x_TxD + mlp(mlp_norm(x_TxD)), cache
 
 
 class Stack(nn.Module):
@@ -46,9 +58,14 @@ class Stack(nn.Module):
         x_TxD: jax.Array,
         position_T: jax.Array,
         mask_TxS: jax.Array,
+        *,
+        memory_MxD: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Args and results as of `Attention`; a cache needs `scan_layers` to be False."""
+        """Args and results as of `Attention`, and what `CrossAttention` attends to, if anything.
+
+        A cache needs `scan_layers` to be False.
+        """
         layers, scan = self.stack.layers, self.config.scan_layers
         layer = Layer
         if self.config.remat == "full":
@@ -63,12 +80,14 @@ class Stack(nn.Module):
                 in_axes=nn.broadcast,
                 length=layers,
             )
-            x_TxD, _ = scanned(self.config, self.stack, name="layers")(x_TxD, position_T, mask_TxS)
+            x_TxD, _ = scanned(self.config, self.stack, name="layers")(
+                x_TxD, position_T, mask_TxS, memory_MxD
+            )
         else:
             written = []
             for i in range(layers):
                 x_TxD, layer_cache = layer(self.config, self.stack, name=f"layers_{i}")(
-                    x_TxD, position_T, mask_TxS, None if cache is None else cache[i]
+                    x_TxD, position_T, mask_TxS, memory_MxD, None if cache is None else cache[i]
                 )
                 written.append(layer_cache)
             cache = None if cache is None else tuple(written)

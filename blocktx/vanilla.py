@@ -9,12 +9,12 @@ import jax
 
 from blocktx.block_decoder import BlockDecoder
 from blocktx.cache import Cache, create_cache
-from blocktx.config import VanillaConfig
 from blocktx.layers import classifier, embedding, vmap_method
+from blocktx.model_config import VanillaConfig
 
 
 class Vanilla(nn.Module):
-    """GPT-NeoX. The methods below `__call__` have the contracts of `BlockTransformer`, with K = 1."""
+    """GPT-NeoX. The methods after `__call__` are those of `BlockTransformer`, with K = 1."""
 
     config: VanillaConfig
 
@@ -29,7 +29,7 @@ class Vanilla(nn.Module):
         `mask_BxT` is 1 for real tokens; padding is seen by no other token.
         """
         hidden_BxTxD = vmap_method(BlockDecoder.__call__)(
-            self.decoder, self.embed(tokens_BxT), mask_BxT.astype(bool)
+            self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
         )
         return self.classifier(hidden_BxTxD)
 
@@ -37,10 +37,11 @@ class Vanilla(nn.Module):
         return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
 
     def extend(
-        self, tokens_BxNxK: jax.Array, start_B: jax.Array, cache: Cache
+        self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array, start_B: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
+        del mask_BxNxK  # a token of padding is hidden behind the next `start_B`
         return vmap_method(BlockDecoder.extend)(
-            self.decoder, self.embed(tokens_BxNxK[..., 0]), start_B, cache
+            self.decoder, self.embed(tokens_BxNxK), start_B, cache
         )
 
     def create_token_cache(self, batch: int) -> Cache:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from blocktx.config import BlockConfig, StackConfig, VanillaConfig
+from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
 
 FOLDER = Path(__file__).parents[2] / "shared" / "golden"
 TOLERANCE = 1e-4  # absolute, on logits of standard deviation 3

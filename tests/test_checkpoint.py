@@ -20,15 +20,8 @@ import pytest
 from absl import logging
 
 from blocktx.checkpoint import FORMAT_VERSION, Checkpoints, abstract_params, find, load_params
-from blocktx.config import (
-    BlockConfig,
-    DataConfig,
-    OptimizerConfig,
-    RunConfig,
-    StackConfig,
-    TrainingConfig,
-    VanillaConfig,
-)
+from blocktx.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
 from blocktx.optimizer import optimizer
 
 STACK = StackConfig(layers=1, width=32, heads=4)

@@ -7,17 +7,11 @@ import time
 import numpy as np
 import pytest
 
-from blocktx.config import (
-    BlockConfig,
-    DataConfig,
-    RunConfig,
-    StackConfig,
-    TrainingConfig,
-    VanillaConfig,
-)
+from blocktx.config import DataConfig, RunConfig, TrainingConfig
 from blocktx.data.blocks import PackedBlocks
 from blocktx.data.corpus import Documents
 from blocktx.data.pipeline import heldout_batches, training_batches
+from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
 
 PAD = 1
 STACK = StackConfig(layers=1, width=32, heads=4)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from random_weights import random_params
 
-from blocktx.config import BlockConfig, StackConfig, VanillaConfig
 from blocktx.layers import gelu, rotary
 from blocktx.loss import position_sums
 from blocktx.model import build, count_params
+from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
 from blocktx.stack import stack_layers, unstack_layers
 
 ROWS, BLOCKS, LENGTH, VOCABULARY = 2, 5, 4, 53

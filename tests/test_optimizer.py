@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from blocktx.config import BlockConfig, OptimizerConfig, RunConfig, StackConfig, TrainingConfig
+from blocktx.config import OptimizerConfig, RunConfig, TrainingConfig
 from blocktx.model import build, init_params
+from blocktx.model_config import BlockConfig, StackConfig
 from blocktx.optimizer import decayed, optimizer, schedule
 
 STACK = StackConfig(layers=2, width=32, heads=4)

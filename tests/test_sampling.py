@@ -1,20 +1,17 @@
 """Stepwise decoding against the full forward, the generate loop, and the samplers."""
 
-import contextlib
 import dataclasses
 import functools
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_weights import random_params
 
-from blocktx import sampling
-from blocktx.config import BlockConfig, StackConfig, VanillaConfig
 from blocktx.model import build
-from blocktx.sampling import Sampling, generate, sample
+from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
+from blocktx.sampling import generate
 
 PAD = 0
 STACK = StackConfig(layers=2, width=32, heads=2)

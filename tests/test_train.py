@@ -17,10 +17,11 @@ from tiny_run import MODEL, STACK, run_config, write_corpus
 import blocktx.train as module
 from blocktx import metrics
 from blocktx.checkpoint import load_params
-from blocktx.config import DataConfig, VanillaConfig
+from blocktx.config import DataConfig
 from blocktx.data.tokenizer import Tokenizer
 from blocktx.loss import position_sums
 from blocktx.model import build
+from blocktx.model_config import VanillaConfig
 from blocktx.optimizer import optimizer, schedule
 from blocktx.train import TrainState, create_state, train, train_step
 

@@ -3,14 +3,8 @@
 import pathlib
 import random
 
-from blocktx.config import (
-    BlockConfig,
-    DataConfig,
-    OptimizerConfig,
-    RunConfig,
-    StackConfig,
-    TrainingConfig,
-)
+from blocktx.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+from blocktx.model_config import BlockConfig, StackConfig
 
 STACK = StackConfig(layers=1, width=32, heads=4)
 MODEL = BlockConfig(vocab_size=300, context_length=32, block_decoder=STACK, token_decoder=STACK)

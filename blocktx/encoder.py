@@ -1,0 +1,54 @@
+"""The small bidirectional encoder of `encoder` and `cls` embedders, over the tokens of one block."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blocktx.attention import attend
+from blocktx.layers import MLP, embedding, layer_norm, linear
+from blocktx.model_config import BlockConfig
+
+
+class EncoderLayer(nn.Module):
+    """A RoBERTa layer: attention, then MLP, each with its norm after the residual."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x_TxD: jax.Array, real_T: jax.Array) -> jax.Array:
+        encoder = self.config.embedder.encoder
+        shape = (3, encoder.heads, encoder.width // encoder.heads)
+        qkv = linear(self.config, shape, name="qkv")(x_TxD)
+        mask_TxT = jnp.broadcast_to(real_T, (real_T.size, real_T.size))
+        attended_TxHxC = attend(qkv[:, 0], qkv[:, 1], qkv[:, 2], mask_TxT)
+        out = linear(self.config, encoder.width, axis=(-2, -1), name="out")
+        x_TxD = layer_norm(self.config, name="attention_norm")(x_TxD + out(attended_TxHxC))
+        mlp = MLP(self.config, encoder.mlp_size, name="mlp")
+        return layer_norm(self.config, name="mlp_norm")(x_TxD + mlp(x_TxD))
+
+
+class Encoder(nn.Module):
+    """RoBERTa: tokens, learned positions and a type, normed; layers."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, tokens_T: jax.Array, real_T: jax.Array) -> jax.Array:
+        """Outputs `[T, width]`; tokens where `real_T` is False are not attended to.
+
+        Positions count from `pad_id + 1`, over the tokens other than `pad_id`, which are all at
+        position `pad_id`: so RoBERTa has it.
+        """
+        config, encoder = self.config, self.config.embedder.encoder
+        counted_T = tokens_T != encoder.pad_id
+        position_T = encoder.pad_id + jnp.cumsum(counted_T) * counted_T
+        rows = encoder.positions or config.encoded_tokens + encoder.pad_id + 1
+        x_TxD = (
+            embedding(config, encoder.width, name="tokens")(tokens_T)
+            + embedding(config, encoder.width, rows=rows, name="positions")(position_T)
+            + embedding(config, encoder.width, rows=1, name="type")(jnp.zeros_like(tokens_T))
+        )
+        x_TxD = layer_norm(config, name="embedding_norm")(x_TxD)
+        for i in range(encoder.layers):
+            x_TxD = EncoderLayer(config, name=f"layer_{i}")(x_TxD, real_T)
+        return x_TxD
