@@ -12,6 +12,8 @@ step is a finished checkpoint.
 
 import dataclasses
 import importlib.metadata
+import json
+import uuid
 from typing import Any
 
 import jax
@@ -78,19 +80,13 @@ class Checkpoints:
 
         A failure to write is raised by the next `save` or on leaving the `with` block.
         """
-        metadata = {
-            "format_version": FORMAT_VERSION,
-            "blocktx_version": importlib.metadata.version("blocktx"),
-            "step": step,
-            "config": to_dict(self._config),
-        }
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 opt_state=ocp.args.StandardSave(opt_state),
                 data=ocp.args.JsonSave(data),
-                metadata=ocp.args.JsonSave(metadata),
+                metadata=ocp.args.JsonSave(_metadata(step, self._config)),
             ),
         )
 
@@ -117,23 +113,74 @@ class Checkpoints:
         return Resumed(items.params, items.opt_state, items.data, step)
 
 
-def load_params(path: epath.PathLike, sharding: jax.sharding.Sharding | None = None) -> Checkpoint:
+def save_params(
+    workdir: epath.PathLike,
+    config: RunConfig,
+    params: dict[str, Any],
+    step: int = 0,
+    tokenizer: epath.PathLike | None = None,
+) -> None:
+    """Writes a new run folder with one checkpoint of parameters alone, all or nothing.
+
+    `load_params` and `blocktx.load` read it; training cannot be resumed from it.
+
+    Args:
+      workdir: the folder, which must not exist.
+      config: of the run; only `model` and the special tokens in `data` mean anything.
+      params: nested dict of arrays, of numpy or JAX.
+      step: the number that the checkpoint gets.
+      tokenizer: a tokenizer.json to copy into the folder.
+
+    Raises:
+      FileExistsError: if there is something at `workdir`.
+    """
+    path = epath.Path(workdir).expanduser().absolute()
+    if path.exists():
+        raise FileExistsError(f"{workdir}: exists already; choose another folder")
+    unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        (unfinished / "checkpoints").mkdir(parents=True)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(
+                unfinished / "checkpoints" / str(step),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    metadata=ocp.args.JsonSave(_metadata(step, config)),
+                ),
+            )
+        (unfinished / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        if tokenizer is not None:
+            epath.Path(tokenizer).expanduser().copy(unfinished / "tokenizer.json")
+        unfinished.rename(path)
+    except BaseException:
+        if unfinished.exists():
+            unfinished.rmtree()
+        raise
+
+
+def load_params(
+    path: epath.PathLike,
+    sharding: jax.sharding.Sharding | None = None,
+    model: ModelConfig | None = None,
+) -> Checkpoint:
     """The parameters of a checkpoint, whatever devices it was saved from; nothing else is read.
 
     Args:
       path: a run's folder or its `checkpoints` folder, which mean the newest checkpoint in them, or
         the folder of one step.
       sharding: where every array goes; None puts them on this process's first device.
+      model: what the parameters have to fit, and in whose `param_dtype` they come; None: the
+        checkpoint's own configuration.
 
     Raises:
       FileNotFoundError: if there is no such folder or no finished checkpoint in it.
-      ValueError: if the checkpoint is not one of blocktx, of a newer format, does not fit its own
-        configuration, or is damaged.
+      ValueError: if the checkpoint is not one of blocktx, of a newer format, does not fit the
+        configuration (all that does not is listed), or is damaged.
     """
     folder = find(path)
     step, config = _read_metadata(folder)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = abstract_params(config.model, sharding)
+    params = abstract_params(model or config.model, sharding)
     _check_names_and_shapes(folder, params)
     params = _read(folder, params=ocp.args.StandardRestore(params)).params
     return Checkpoint(params, config, step, folder)
@@ -144,6 +191,15 @@ def abstract_params(config: ModelConfig, sharding: jax.sharding.Sharding) -> dic
     model = build(config)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def has_checkpoint(workdir: epath.PathLike) -> bool:
+    """Whether there is a finished checkpoint of the run in `workdir`."""
+    try:
+        find(epath.Path(workdir) / "checkpoints")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def find(path: epath.PathLike) -> epath.Path:
@@ -167,6 +223,15 @@ def find(path: epath.PathLike) -> epath.Path:
             "folder of one step"
         )
     return max(steps, key=lambda found: found.step).path
+
+
+def _metadata(step: int, config: RunConfig) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "blocktx_version": importlib.metadata.version("blocktx"),
+        "step": step,
+        "config": to_dict(config),
+    }
 
 
 def _read_metadata(folder: epath.Path) -> tuple[int, RunConfig]:

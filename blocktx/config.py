@@ -70,6 +70,32 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What a training step adds to the loss of the tokens (options of the authors' code).
+
+    Evaluation is of the tokens alone. `blocktx.loss.training_sums` says what each is.
+    """
+
+    block_decoding: Literal["none", "mse", "contrastive"] = "none"
+    block_decoding_weight: float = 1.0
+    auto_encoding: bool = False
+    auto_encoding_weight: float = 1.0
+
+    def __post_init__(self):
+        not_negative(self, "block_decoding_weight", "auto_encoding_weight")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The losses that are on, by name; one of weight 0 is off."""
+        weights = {}
+        if self.block_decoding != "none":
+            weights["block_decoding_loss"] = self.block_decoding_weight
+        if self.auto_encoding:
+            weights["auto_encoding_loss"] = self.auto_encoding_weight
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     steps: int = 1000
     batch_size: int = 16  # contexts a step, over all hosts
@@ -78,9 +104,10 @@ class TrainingConfig:
     evaluate_every: int = 500  # steps; the last step is always evaluated
     checkpoint_every: int = 500  # steps; the last step is always saved
     keep_checkpoints: int = 2
+    init_from: str = ""  # a run or checkpoint whose parameters to begin with; empty: new ones
 
     def __post_init__(self):
-        positive(self, *(field.name for field in dataclasses.fields(self)))
+        positive(self, *(field.name for field in dataclasses.fields(self) if field.type is int))
         require(
             self.batch_size % self.microbatches == 0,
             "microbatches",
@@ -96,6 +123,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
     seed: int = 0
 
@@ -107,6 +135,13 @@ class RunConfig:
             "optimizer.warmup_steps",
             f"{warmup} is more than training.steps {steps}; use {steps} or fewer",
         )
+        for field in dataclasses.fields(LossConfig):
+            value = getattr(self.loss, field.name)
+            require(
+                self.model.kind == "block" or value == field.default,
+                f"loss.{field.name}",
+                f"got {value!r}, is for block models only; leave it at {field.default!r}",
+            )
 
 
 def to_config_dict(config: RunConfig) -> ml_collections.ConfigDict:

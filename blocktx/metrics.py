@@ -5,9 +5,11 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 import tensorboardX
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 from tqdm import tqdm
@@ -140,36 +142,48 @@ def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir)
     lines = read(workdir)
-
-    def series(name: str) -> list[tuple[float, float]]:
-        return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-
-    train, heldout = series("train/loss"), series("heldout/loss")
+    train, heldout = _series(lines, "train/loss"), _series(lines, "heldout/loss")
     if not train and not heldout:
         raise ValueError(f"{workdir / 'metrics.jsonl'}: no loss in it to plot")
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _loss_axes(workdir.name)
     if train:
         axes.plot(*zip(*train, strict=True), color="#4c78a8", linewidth=1.2, label="training")
     if heldout:
-        style = dict(color="#e45756", linewidth=1.6, marker="o", markersize=5, zorder=3)
-        axes.plot(*zip(*heldout, strict=True), label="held-out", **style)
-        axes.annotate(
-            f"{heldout[-1][1]:.3f}",
-            heldout[-1],
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            color="#e45756",
-        )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="step",
-        ylabel="loss (nats per token)",
-        title=workdir.name,
-    )
+        _draw_heldout(axes, heldout, "#e45756", "held-out")
+    return _save(figure, axes, workdir / "loss.png")
+
+
+def plot_runs(
+    workdirs: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]
+) -> pathlib.Path:
+    """Draws the held-out losses of several runs into one PNG at `path`, and returns `path`.
+
+    Raises:
+      FileNotFoundError: if one of `workdirs` has no metrics.jsonl.
+      ValueError: if there is no run, or no held-out loss in one of them.
+    """
+    if not workdirs:
+        raise ValueError("no run to plot")
+    runs = {os.fspath(w): _series(read(w), "heldout/loss") for w in workdirs}
+    empty = [workdir for workdir, heldout in runs.items() if not heldout]
+    if empty:
+        raise ValueError(f"no held-out loss to plot in {', '.join(empty)}")
+    figure, axes = _loss_axes("held-out loss")
+    for i, (workdir, heldout) in enumerate(runs.items()):
+        _draw_heldout(axes, heldout, f"C{i}", pathlib.Path(workdir).name)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _save(figure, axes, path)
+
+
+def _series(lines: list[dict[str, float | None]], name: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def _loss_axes(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="loss (nats per token)", title=title)
     plain = ScalarFormatter()  # 1000 and 4.5, not powers of ten
     plain.set_scientific(False)
     axes.xaxis.set_major_formatter(plain)
@@ -179,10 +193,26 @@ def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(which="major", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    return figure, axes
 
-    path = workdir / "loss.png"
-    temporary = path.with_suffix(".png.tmp")
+
+def _draw_heldout(axes: Axes, heldout: list[tuple[float, float]], color: str, label: str) -> None:
+    """Draws a curve with its last value beside it."""
+    style = dict(color=color, linewidth=1.6, marker="o", markersize=5, zorder=3)
+    axes.plot(*zip(*heldout, strict=True), label=label, **style)
+    axes.annotate(
+        f"{heldout[-1][1]:.3f}",
+        heldout[-1],
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="center",
+        color=color,
+    )
+
+
+def _save(figure: Figure, axes: Axes, path: pathlib.Path) -> pathlib.Path:
+    axes.legend(frameon=False)
+    temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
     return path

@@ -46,19 +46,25 @@ class BlockTransformer(nn.Module):
 
         `mask_BxNxK` is 1 for real tokens. Positions count padding.
         """
-        mask_BxNxK = mask_BxNxK.astype(bool)
         context_BxNxnD = self.contexts(tokens_BxNxK, mask_BxNxK)
-        decode = vmap_method(vmap_method(TokenDecoder.__call__))
-        return decode(
-            self.token_decoder, context_BxNxnD[:, :-1], tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:]
-        )
+        return self.decode_blocks(context_BxNxnD[:, :-1], tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:])
 
     def contexts(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
         """Context embeddings `[B, N, n * D]`; entry i is all that block i+1 will know of 0..i."""
+        return self.decode_embeddings(self.embed_blocks(tokens_BxNxK, mask_BxNxK), mask_BxNxK)
+
+    def decode_embeddings(self, embeddings_BxNxnxD: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
+        """Context embeddings `[B, N, n * D]` from input block embeddings."""
         real_BxN = mask_BxNxK.astype(bool).any(-1)
-        return vmap_method(BlockDecoder.__call__)(
-            self.block_decoder, self.embed_blocks(tokens_BxNxK, mask_BxNxK), real_BxN
-        )
+        decode = vmap_method(BlockDecoder.__call__)
+        return decode(self.block_decoder, embeddings_BxNxnxD, real_BxN)
+
+    def decode_blocks(
+        self, context_BxNxnD: jax.Array, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
+    ) -> jax.Array:
+        """Float32 logits `[B, N, K, V]` of blocks, each block from a context embedding."""
+        decode = vmap_method(vmap_method(TokenDecoder.__call__))
+        return decode(self.token_decoder, context_BxNxnD, tokens_BxNxK, mask_BxNxK.astype(bool))
 
     def embed_blocks(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
         """Input block embeddings `[B, N, n, D]`."""
@@ -76,8 +82,9 @@ class BlockTransformer(nn.Module):
         """Context embeddings `[B, N, n * D]` of N more blocks, and the cache with them in it.
 
         Row b's blocks become its blocks `start_B[b]` to `start_B[b] + N - 1`, for all of which the
-        cache must have room, and see those before. Blocks of padding may only stand at the end: they are hidden, and
-        later overwritten, when the next call's `start_B` points at the first of them.
+        cache must have room, and see those before. Blocks of padding may only stand at the end:
+        they are hidden, and later overwritten, when the next call's `start_B` points at the first
+        of them.
         """
         return vmap_method(BlockDecoder.extend)(
             self.block_decoder, self.embed_blocks(tokens_BxNxK, mask_BxNxK), start_B, cache

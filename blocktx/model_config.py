@@ -128,7 +128,11 @@ class EmbedderConfig:
     def __post_init__(self):
         positive(self, "cls_tokens")
         if self.width is not None:
-            require(self.kind == "projection", "width", "is for projection only; leave it unset")
+            require(
+                self.kind == "projection",
+                "width",
+                f"got {self.width}, is for projection only; leave it unset for {self.kind}",
+            )
             positive(self, "width")
         require(
             self.kind == "cls" or not self.concatenate,

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from blocktx.checkpoint import Checkpoints
+from blocktx.checkpoint import Checkpoints, has_checkpoint, load_params
 from blocktx.config import RunConfig, to_dict
 from blocktx.data.corpus import Corpus, prepare
 from blocktx.data.pipeline import heldout_batches, training_batches
 from blocktx.data.tokenizer import Tokenizer
 from blocktx.evaluate import evaluate
-from blocktx.loss import position_sums
+from blocktx.loss import training_counts, training_sums
 from blocktx.metrics import MetricsWriter, Progress, plot_loss
 from blocktx.model import Model, build, init_params
 from blocktx.optimizer import optimizer, schedule
@@ -50,8 +50,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update by one batch; `state` is donated.
 
-    The gradient is accumulated over `config.training.microbatches` parts of the batch and divided
-    by the tokens scored in all of them, so it is that of the undivided batch.
+    The gradient is accumulated over `config.training.microbatches` parts of the batch. Each loss is
+    divided by what is scored in all of them, so it is that of the undivided batch (but the
+    contrastive loss of `config.loss`, whose choices are within a part).
 
     Args:
       state: the state before the step.
@@ -60,34 +61,33 @@ def train_step(
       model: the module that `config.model` describes; static.
 
     Returns:
-      The state after the step, and the scalars `loss` (nats a token, before the update),
-      `grad_norm` (before clipping), `learning_rate` and `tokens` (real ones in the batch).
+      The state after the step, and the scalars `loss` (nats a token, before the update), the
+      others that `config.loss` adds to it (unweighted), `grad_norm` (before clipping),
+      `learning_rate` and `tokens` (real ones in the batch).
     """
+    counts = training_counts(batch["mask"], config.loss)
+    weights = {"loss": 1.0, **config.loss.weights}
 
-    def nats(params: dict[str, Any], part: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        nats_K, count_K = position_sums(model, params, part["tokens"], part["mask"])
-        return nats_K.sum(), count_K.sum()
+    def objective(params: dict[str, Any], part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        sums = training_sums(model, params, part["tokens"], part["mask"], config.loss)
+        return sum(weights[name] * sums[name] / counts[name] for name in weights), sums
 
-    def accumulate(sums: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
-        (part_nats, part_count), part_grads = jax.value_and_grad(nats, has_aux=True)(
-            state.params, part
-        )
-        return jax.tree.map(jnp.add, sums, (part_nats, part_count, part_grads)), None
+    def accumulate(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(state.params, part)
+        return jax.tree.map(jnp.add, total, (sums, grads)), None
 
     def split(x: jax.Array) -> jax.Array:
         # Each part takes every M-th row, so that it is spread over all devices that hold the batch.
         parts = config.training.microbatches
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
-    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-    (total_nats, count, grads), _ = jax.lax.scan(accumulate, zeros, jax.tree.map(split, batch))
-    count = jnp.maximum(count, 1)  # a batch without scored tokens changes nothing by its gradient
-    grads = jax.tree.map(lambda grad: grad / count, grads)
+    zeros = jax.tree.map(jnp.zeros_like, (counts, state.params))
+    (sums, grads), _ = jax.lax.scan(accumulate, zeros, jax.tree.map(split, batch))
 
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
-        "loss": total_nats / count,
+        **{name: sums[name] / counts[name] for name in sums},
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": jnp.asarray(schedule(config)(state.step), jnp.float32),
         "tokens": batch["mask"].sum(dtype=jnp.int32),
@@ -102,7 +102,8 @@ def train(
 
     That is `checkpoints`, `tokenizer.json`, `config.json`, `metrics.jsonl`, `tensorboard` and
     `loss.png`. With `resume`, training goes on from the newest checkpoint in `workdir`, exactly as
-    if it had not been interrupted, or begins if there is none.
+    if it had not been interrupted, or begins if there is none. It begins with new parameters or, of
+    `config.training.init_from`, with those of another checkpoint; that is read only then.
 
     SIGINT (Ctrl-C) and SIGTERM, if this is the main thread, end training after the step under way
     and with a checkpoint; a second one takes its usual effect at once.
@@ -110,8 +111,9 @@ def train(
     Raises:
       SystemExit: after SIGINT or SIGTERM, with the code 128 + signal.
       FileExistsError: `workdir` holds a run, and `resume` is false.
-      FileNotFoundError: the data's source or tokenizer is not there.
-      ValueError: the data do not do, or the run in `workdir` cannot be resumed with this `config`.
+      FileNotFoundError: the data's source or tokenizer is not there, or what `init_from` names.
+      ValueError: the data do not do, the parameters of `init_from` are not those of this model or
+        know another tokenizer, or the run in `workdir` cannot be resumed with this `config`.
       FloatingPointError: loss, gradient or parameters are not finite. They are never saved.
     """
     workdir = pathlib.Path(workdir).expanduser().absolute()
@@ -121,12 +123,13 @@ def train(
     corpus = prepare(config.data, config.model.vocab_size)
     batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id)
     model = build(config.model)
+    start, state = 0, None
+    if not has_checkpoint(workdir):  # what fails here leaves no run behind
+        state = _first_state(config, model, corpus.tokenizer)
 
     stopped_by = None
     with _StopSignals() as stop, Checkpoints(workdir, config) as checkpoints:
-        if checkpoints.latest_step() is None:
-            start, state = 0, create_state(config, model)
-        else:
+        if state is None:
             _require_same_tokenizer(workdir, corpus.tokenizer, config)
             resumed = checkpoints.restore(*_abstract_state(config, model))
             start = resumed.step
@@ -245,6 +248,25 @@ def _require_no_run(workdir: pathlib.Path) -> None:
             f"{workdir}: there is a run in it ({', '.join(found)}); pass --resume to go on with "
             "it, or choose another workdir"
         )
+
+
+def _first_state(config: RunConfig, model: Model, tokenizer: Tokenizer) -> TrainState:
+    """The state of step 0: new, or with the parameters of `config.training.init_from`."""
+    path = config.training.init_from
+    if not path:
+        return create_state(config, model)
+    checkpoint = load_params(path, model=config.model)
+    beside = checkpoint.path.parent.parent / "tokenizer.json"
+    if beside.exists():
+        known = Tokenizer.load(beside, config.data.end_token, config.data.pad_token)
+        if known.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"config.training.init_from: the parameters in {path} know another tokenizer than "
+                f"config.data gives (tokenizer {config.data.tokenizer!r}); pass "
+                f"--config.data.tokenizer={beside}"
+            )
+    opt_state = jax.jit(optimizer(config).init)(checkpoint.params)
+    return TrainState(jnp.int32(0), checkpoint.params, opt_state)
 
 
 def _require_same_tokenizer(workdir: pathlib.Path, now: Tokenizer, config: RunConfig) -> None:

@@ -1,0 +1,179 @@
+"""config.json of an official checkpoint: resolved hyperparameters in the authors' words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from blocktx.convert import architecture
+from blocktx.convert.architecture import Facts, prefixed
+from blocktx.model_config import BlockConfig
+
+SECTIONS = ("embedder", "block_decoder", "token_decoder")
+
+
+def from_json(config: Mapping[str, Any]) -> tuple[Facts, list[str]]:
+    """What `config` says (see `architecture`), and what of it is unsupported."""
+    lacking = [name for name in SECTIONS if not part(config, name)]
+    if lacking:
+        return {}, [f"config.json: not one of a Block Transformer: no {', '.join(lacking)}"]
+    facts, problems = architecture.integers(config, {"block_length": "block_length"})
+    if config.get("n_embedding_tokens", 1) != 1:
+        problems.append(
+            f"n_embedding_tokens: got {config['n_embedding_tokens']!r}, only 1 is supported"
+        )
+    for name in ("block_decoder", "token_decoder"):
+        stack, unsupported = architecture.stack_from_json(part(config[name], "config"))
+        facts |= prefixed(name, stack)
+        problems += [f"{name}.config.{problem}" for problem in unsupported]
+        if config[name].get("cls", "gpt-neo-x") != "gpt-neo-x":
+            problems.append(f"{name}.cls: got {config[name]['cls']!r}, only gpt-neo-x is supported")
+    for read in (_embedder, _conditioning):
+        more, wrong = read(config)
+        facts |= more
+        problems += wrong
+    vocab = {"vocab_size": "vocab_size"}
+    facts |= architecture.integers(part(config["token_decoder"], "config"), vocab)[0]
+    return facts, [f"config.json: {problem}" for problem in problems]
+
+
+def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section, empty if there is none."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _embedder(config: Mapping[str, Any]) -> tuple[Facts, list[str]]:
+    embedder = config["embedder"]
+    inner = part(embedder, "config")
+    cls, method = embedder.get("cls"), embedder.get("projection_method")
+    if method not in (None, "concat", "projection_layer"):
+        return {}, [f"embedder.projection_method: got {method!r}, unknown"]
+    if cls == "lookup" and method != "projection_layer":
+        return {"embedder.kind": "lookup"}, []
+    if cls == "lookup":
+        width, problems = architecture.integers(inner, {"embedder.width": "hidden_size"})
+        return {"embedder.kind": "projection", **width}, problems
+    if cls not in ("roberta", "roberta_cls") or (cls == "roberta" and method == "concat"):
+        got = f"embedder.cls: got {cls!r} with projection_method {method!r}"
+        return {}, [f"{got}, only lookup, roberta (projected) and roberta_cls are supported"]
+    encoder, problems = architecture.encoder_from_json(inner)
+    problems = [f"embedder.config.{problem}" for problem in problems]
+    facts = {"embedder.kind": "encoder", **prefixed("embedder.encoder", encoder)}
+    if cls == "roberta_cls":
+        tokens, wrong = architecture.integers(embedder, {"embedder.cls_tokens": "n_cls_tokens"})
+        facts |= {"embedder.kind": "cls", "embedder.concatenate": method == "concat", **tokens}
+        problems += [f"embedder.{problem}" for problem in wrong]
+    return facts, problems
+
+
+def _conditioning(config: Mapping[str, Any]) -> tuple[Facts, list[str]]:
+    decoder = config["token_decoder"]
+    facts, problems = architecture.integers(decoder, {"expansion": "expansion_ratio"})
+    strategy, method = decoder.get("decoding_strategy"), decoder.get("expansion_method")
+    if strategy in ("prefix", "summation"):
+        facts["conditioning"] = strategy
+    else:
+        problems.append(f"decoding_strategy: got {strategy!r}, only prefix and summation work")
+    if strategy == "summation":
+        ids = part(decoder, "config")
+        bos = ids.get("bos_token_id")
+        facts["bos_id"] = ids.get("eos_token_id", 0) if bos is None else bos
+        if "block_length" in config:
+            facts.setdefault("expansion", config["block_length"])
+    if method not in (None, "expansion_layer"):
+        problems.append(f"expansion_method: got {method!r}, only expansion_layer is supported")
+    return facts, [f"token_decoder.{problem}" for problem in problems]
+
+
+def to_json(config: BlockConfig, positions: int, dtype: str) -> dict[str, Any]:
+    """The inverse of `from_json`, and as `official_yaml` what the authors' loader takes."""
+    embedder, length = config.embedder, config.block_length
+    is_prefix = config.conditioning == "prefix"
+    common = {"vocab_size": config.vocab_size, "initializer_range": config.initializer_range}
+    if embedder.kind in ("encoder", "cls"):
+        encoder = embedder.encoder
+        inner = common | {
+            "num_hidden_layers": encoder.layers,
+            "hidden_size": encoder.width,
+            "num_attention_heads": encoder.heads,
+            "intermediate_size": encoder.mlp_size,
+            "max_position_embeddings": positions,
+            "pad_token_id": encoder.pad_id,
+            "bos_token_id": encoder.cls_id,
+        }
+        defaults = {**architecture.ROBERTA, "type_vocab_size": 1}
+    else:
+        row = embedder.width or config.block_decoder.width
+        inner = common | {
+            "hidden_size": row if embedder.kind == "projection" else config.context_width // length
+        }
+        defaults = {"model_type": "lookup"}
+    projected = embedder.kind != "lookup" and not embedder.concatenate
+    names = {"encoder": "roberta", "cls": "roberta_cls"}
+    resolved = {
+        "block_length": length,
+        "n_embedding_tokens": 1,
+        "embedder": {
+            "cls": names.get(embedder.kind, "lookup"),
+            "projection_method": "projection_layer" if projected else "concat",
+            "n_cls_tokens": embedder.cls_tokens if embedder.kind == "cls" else None,
+            "projection_hidden_size": config.block_decoder.width,
+            "config": inner | defaults,
+        },
+        "block_decoder": {"cls": "gpt-neo-x", "config": _stack(config, "block_decoder")},
+        "token_decoder": {
+            "cls": "gpt-neo-x",
+            "decoding_strategy": config.conditioning,
+            "expansion_method": "expansion_layer",
+            "expansion_ratio": config.prefix_length if is_prefix else length,
+            "config": _stack(config, "token_decoder"),
+        },
+    }
+    return resolved | {"official_yaml": _yaml(resolved, set(defaults), dtype)}
+
+
+def _stack(config: BlockConfig, name: str) -> dict[str, Any]:
+    return {
+        **architecture.stack_to_json(getattr(config, name), config.vocab_size),
+        "max_position_embeddings": config.context_length,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": 0,
+    }
+
+
+def _yaml(resolved: dict[str, Any], defaults: set[str], dtype: str) -> dict[str, Any]:
+    """Of a configuration file of the authors what makes the model; the rest is about training."""
+    embedder = dict(resolved["embedder"])
+    del embedder["projection_hidden_size"]  # they take it from the block decoder
+    is_lookup = embedder["cls"] == "lookup"
+    inner = {name: value for name, value in embedder["config"].items() if name not in defaults}
+    embedder |= {
+        "model_name_or_path": None if is_lookup else "roberta-base",
+        "n_embedding_tokens": 1,
+        "use_pretrained_weights": False,
+        "config": inner,
+    }
+    stacks = {
+        name: resolved[name]
+        | {
+            "model_name_or_path": "EleutherAI/pythia-410m-deduped",
+            "use_pretrained_weights": False,
+            "attn_implementation": "eager",
+            "config": {
+                field: value
+                for field, value in resolved[name]["config"].items()
+                if field not in architecture.NEOX
+            },
+        }
+        for name in ("block_decoder", "token_decoder")
+    }
+    return {
+        "block_length": resolved["block_length"],
+        "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype],
+        "tokenizer": {"embedder": "pythia", "token_decoder": "pythia"},
+        "token_decoding_loss": {"enable": True},
+        "block_decoding_loss": {"enable": False, "weight": 1.0},
+        "auto_encoding_loss": {"enable": False, "weight": 1.0},
+        "embedder": embedder,
+        **stacks,
+    }

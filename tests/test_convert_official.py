@@ -1,0 +1,277 @@
+"""The authors' checkpoints: there and back, where the architecture comes from, and bad ones."""
+
+import dataclasses
+import json
+import shutil
+
+import golden
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from random_weights import random_params
+from safetensors.numpy import load_file, save_file
+
+from blocktx.convert import load_neox, load_official, save_folder, to_neox, to_official
+from blocktx.model import build
+from blocktx.model_config import BlockConfig, EmbedderConfig, StackConfig
+
+UNUSED = "block_decoder.gpt_neox.embed_in.weight"
+
+
+def bytes_of(tensors):
+    return {
+        name: (array.dtype, array.shape, array.tobytes())
+        for name, array in tensors.items()
+        if name != UNUSED
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a golden case, to be spoiled."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(golden.path("cls_sum"), copy)
+    return copy
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_json(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refusal(*args, error=ValueError, load=load_official):
+    with pytest.raises(error) as caught:
+        load(*args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", golden.BLOCK + golden.UPTRAINED)
+def test_round_trip_is_exact(case, tmp_path):
+    model, params = load_official(golden.path(case))
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    tensors, config = to_official(model, params)
+    theirs = load_file(golden.weights_file(case))
+    assert tensors.keys() == theirs.keys()
+    assert tensors[UNUSED].shape == theirs[UNUSED].shape
+    assert bytes_of(tensors) == bytes_of(theirs)
+    save_folder(tmp_path / "out", tensors, config)
+    again, params_again = load_official(tmp_path / "out")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_round_trip_of_short_floats_is_exact(folder, dtype):
+    def shorten(tensors):
+        for name, array in tensors.items():
+            tensors[name] = array.astype(dtype)
+
+    edit(folder, shorten)
+    model, params = load_official(folder)
+    tensors, _ = to_official(model, params, dtype=dtype)
+    assert bytes_of(tensors) == bytes_of(load_file(folder / "model.safetensors"))
+    assert np.dtype("bfloat16") == ml_dtypes.bfloat16
+
+
+def test_official_yaml_describes_the_model_as_the_authors_do():
+    for case in golden.BLOCK:
+        ours = to_official(*load_official(golden.path(case)))[1]
+        theirs = json.loads((golden.path(case) / "config.json").read_text())
+        for name in ("block_decoder", "token_decoder"):
+            for field, value in theirs["official_yaml"][name]["config"].items():
+                assert ours["official_yaml"][name]["config"][field] == value
+        for field in ("cls", "n_embedding_tokens", "projection_method", "n_cls_tokens"):
+            resolved = {**theirs["embedder"], "n_embedding_tokens": 1}[field]
+            assert ours["official_yaml"]["embedder"][field] == resolved
+
+
+def test_config_instead_of_config_json(folder):
+    expected, params = load_official(folder)
+    (folder / "config.json").unlink()
+    given = dataclasses.replace(expected.config, scan_layers=False, context_length=64, remat="full")
+    model, separate = load_official(folder / "model.safetensors", given)
+    assert model.config == given
+    first = separate["block_decoder"]["stack"]["layers_0"]["mlp"]["up"]["kernel"]
+    stacked = params["block_decoder"]["stack"]["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(first, stacked[0])
+
+
+def test_config_and_config_json_may_both_be_there_and_have_to_agree(folder):
+    model, _ = load_official(folder)
+    assert load_official(folder, model.config)[0] == model
+    other = dataclasses.replace(
+        model.config,
+        bos_id=5,
+        block_decoder=dataclasses.replace(model.config.block_decoder, heads=8, layers=2),
+    )
+    message = refusal(folder, other)
+    assert "block_decoder.heads: config.json 4, configuration 8" in message
+    assert "block_decoder.layers: tensors 3, config.json 3, configuration 2" in message
+    assert "bos_id: config.json 0, configuration 5" in message
+
+
+def test_shapes_alone_where_they_are_enough(tmp_path):
+    stack = StackConfig(layers=1, width=128, heads=4)
+    config = BlockConfig(
+        vocab_size=97, context_length=2048, block_decoder=stack, token_decoder=stack
+    )
+    model = build(config)
+    save_file(to_official(model, random_params(model))[0], tmp_path / "x.safetensors")
+    assert load_official(tmp_path)[0] == model  # heads by the authors' rule
+    prefix = dataclasses.replace(config, prefix_length=4)
+    model = build(prefix)
+    save_file(to_official(model, random_params(model))[0], tmp_path / "x.safetensors")
+    assert "conditioning: cannot be told" in refusal(tmp_path)  # prefix of 4, or summation
+    assert load_official(tmp_path, prefix)[0] == model
+
+
+def test_what_cannot_be_told_from_shapes_is_listed(folder):
+    (folder / "config.json").unlink()
+    message = refusal(folder)
+    for field in (
+        "block_length",
+        "embedder.kind",
+        "conditioning",
+        "block_decoder.heads",
+        "token_decoder.heads",
+    ):
+        assert f"  {field}: cannot be told" in message
+    (folder / "config.json").write_text('{"model_type": "gpt_neox"}')
+    assert "not one of a Block Transformer" in refusal(folder)
+
+
+def test_everything_that_is_wrong_with_tensors_is_listed(folder):
+    def spoil(tensors):
+        del tensors["block_decoder.gpt_neox.layers.2.mlp.dense_h_to_4h.weight"]
+        del tensors["embedder.encoder.layer.1.attention.self.key.bias"]
+        for name in list(tensors):
+            if name.startswith("token_decoder.gpt_neox.layers.1."):
+                del tensors[name]
+        tensors["token_decoder.something"] = np.zeros((3, 4), np.float32)
+        tensors["token_decoder.embed_out.weight"] = np.zeros((96, 64), np.float32)
+        tensors["embedder.projection_layer.bias"] = np.zeros(64, np.int64)
+        tensors[UNUSED] = np.zeros((7, 7), np.float32)
+
+    edit(folder, spoil)
+    message = refusal(folder)
+    for line in (
+        "missing tensor block_decoder.gpt_neox.layers.2.mlp.dense_h_to_4h.weight (256, 64)",
+        "missing tensor embedder.encoder.layer.1.attention.self.key.bias (24,)",
+        "missing tensor token_decoder.gpt_neox.layers.1.attention.dense.weight (64, 64)",
+        "token_decoder.layers: tensors 1, config.json 2",
+        "extra tensor token_decoder.something (3, 4)",
+        "token_decoder.embed_out.weight: shape (96, 64), expected (97, 64)",
+        "embedder.projection_layer.bias: dtype I64, must be F32, BF16, F16",
+        f"{UNUSED}: shape (7, 7), expected (97, 64)",
+    ):
+        assert f"  {line}\n" in message + "\n"
+    assert len(message.splitlines()) == 20  # 12 tensors of the layer, the path, and the others
+
+
+def test_unused_tensor_and_buffers_may_be_there_or_not(folder):
+    def change(tensors):
+        del tensors[UNUSED]
+        for name in ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"):
+            tensors[f"token_decoder.gpt_neox.layers.0.{name}"] = np.ones(3, np.float32)
+        tensors["embedder.embeddings.position_ids"] = np.arange(20)[None]
+
+    before = to_official(*load_official(folder))[0]
+    edit(folder, change)
+    assert bytes_of(to_official(*load_official(folder))[0]) == bytes_of(before)
+
+
+def test_unsupported_settings_are_listed(folder):
+    def change(config):
+        config["n_embedding_tokens"] = 2
+        config["block_decoder"]["config"]["use_parallel_residual"] = False
+        config["token_decoder"]["config"]["hidden_act"] = "relu"
+        config["token_decoder"]["decoding_strategy"] = "cross_attention"
+        config["embedder"]["config"]["position_embedding_type"] = "relative_key"
+        config["block_length"] = "four"
+
+    edit_json(folder, change)
+    message = refusal(folder)
+    for part in (
+        "n_embedding_tokens: got 2",
+        "block_decoder.config.use_parallel_residual: got False, only True",
+        "token_decoder.config.hidden_act: got 'relu', only 'gelu'",
+        "token_decoder.decoding_strategy: got 'cross_attention'",
+        "embedder.config.position_embedding_type: got 'relative_key'",
+        "block_length: got 'four', must be an integer",
+    ):
+        assert part in message
+
+
+def test_files_that_are_not_safetensors(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    assert "model.safetensors: not a whole safetensors file" in refusal(folder)
+    file.write_bytes(b"PK\x03\x04 and so on, as PyTorch writes it")
+    (folder / "config.json").write_text("{")
+    message = refusal(folder)
+    assert "not a whole safetensors file" in message
+    assert "config.json: not readable" in message
+    file.rename(folder / "pytorch_model.bin")
+    assert "have to be saved as safetensors first" in refusal(folder, error=FileNotFoundError)
+    assert "no such file or folder" in refusal(folder / "none", error=FileNotFoundError)
+
+
+def test_other_models_are_refused():
+    assert "T5" in refusal(golden.path("cross_attention"))
+    assert "vanilla GPT-NeoX model" in refusal(golden.path("vanilla"))
+    assert "Block Transformer" in refusal(golden.path("cls_sum"), load=load_neox)
+    model, params = load_official(golden.path("lookup_prefix1"))
+    with pytest.raises(ValueError, match="use to_official"):
+        to_neox(model, params)
+    with pytest.raises(ValueError, match="use to_neox"):
+        to_official(*load_neox(golden.path("vanilla")))
+
+
+def test_models_that_the_authors_do_not_have_are_refused():
+    stack = StackConfig(layers=1, width=32, heads=4)
+    config = BlockConfig(
+        vocab_size=97,
+        context_length=64,
+        block_decoder=stack,
+        token_decoder=stack,
+        embeddings_per_block=2,
+        embedder=EmbedderConfig(kind="projection"),
+        conditioning="cross_attention",
+    )
+    with pytest.raises(ValueError, match=r"(?s)cross_attention.*embeddings_per_block: got 2"):
+        to_official(build(config), {})
+
+
+def test_parameters_that_do_not_fit_are_listed():
+    model, params = load_official(golden.path("lookup_prefix1"))
+    del params["token_decoder"]["classifier"]
+    params["embedder"]["tokens"]["embedding"] = np.zeros((3, 3), np.float32)
+    params["more"] = np.zeros(3)
+    with pytest.raises(ValueError, match="cannot be converted") as caught:
+        to_official(model, params)
+    assert str(caught.value).splitlines()[1:] == [
+        "  embedder/tokens/embedding: shape (3, 3), expected (97, 16)",
+        "  extra parameter more (3,)",
+        "  missing parameter token_decoder/classifier/kernel (64, 97)",
+    ]
+    with pytest.raises(ValueError, match="dtype: got 'float8'"):
+        to_official(*load_official(golden.path("lookup_prefix1")), dtype="float8")
+
+
+def test_an_output_folder_is_new_and_whole(tmp_path, monkeypatch):
+    tensors, config = to_official(*load_official(golden.path("lookup_prefix1")))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="there"):
+        save_folder(tmp_path / "there", tensors, config)
+    with pytest.raises(TypeError):
+        save_folder(tmp_path / "new", tensors, {"not": {"JSON"}})
+    assert [child.name for child in tmp_path.iterdir()] == ["there"]
