@@ -73,7 +73,7 @@ class Engine:
             end_id=end_id,
             pad_id=pad_id,
         )
-        written = [self._text(row) for row in np.asarray(generated_BxT).tolist()]
+        written = [self._text(row) for row in generated_BxT.tolist()]
         return written[0] if isinstance(prompts, str) else written
 
     def _text(self, tokens: list[int]) -> str:

@@ -92,7 +92,7 @@ def generate(
     seed: int = 0,
     end_id: int | None = None,
     pad_id: int = 0,
-) -> jax.Array:
+) -> np.ndarray:
     """Continue a batch of prompts.
 
     Shapes are rounded up to buckets, and everything else is traced: calls whose prompt lengths and
@@ -145,7 +145,8 @@ def generate(
         end_id=jnp.int32(-1 if end_id is None else end_id),
         pad_id=jnp.int32(pad_id),
     )
-    return generated_BxMxK.reshape(rows, -1)[:, :max_new_tokens]
+    # Cut on the host: XLA would compile a slice for every budget.
+    return np.asarray(generated_BxMxK).reshape(rows, -1)[:, :max_new_tokens]
 
 
 def _does_not_fit(model: Model, prompt_blocks: int, max_new_tokens: int) -> str:
@@ -173,9 +174,10 @@ def _blocks(tokens_BxT, mask_BxT, block_length: int, pad_id: int) -> tuple[np.nd
     """Prompts in as few whole blocks as hold the longest, checked; padding in front."""
     tokens_BxT = np.asarray(tokens_BxT, np.int32)
     mask_BxT = np.asarray(mask_BxT).astype(bool)
-    if tokens_BxT.ndim != 2 or tokens_BxT.shape != mask_BxT.shape:
+    if tokens_BxT.ndim != 2 or tokens_BxT.shape != mask_BxT.shape or not len(tokens_BxT):
         raise ValueError(
-            f"tokens {tokens_BxT.shape} and mask {mask_BxT.shape} must both be [batch, length]"
+            f"tokens {tokens_BxT.shape} and mask {mask_BxT.shape} must both be [batch, length], "
+            "with a row or more"
         )
     length_B = mask_BxT.sum(1)
     columns_T = np.arange(tokens_BxT.shape[1])[::-1]

@@ -29,8 +29,8 @@ _AGAINST = flags.DEFINE_enum(
     "against",
     None,
     ["vanilla"],
-    "Also measure the decode throughput, beside that of a vanilla model (with random weights, which "
-    "do not change its speed) of as many non-embedding parameters, at the same prompt and length.",
+    "Also measure decode throughput beside that of a vanilla model (with random weights, which do "
+    "not change its speed) of as many non-embedding parameters, at the same prompt and length.",
 )
 
 
