@@ -88,7 +88,7 @@ def test_text_is_what_the_tokens_say_up_to_the_end(engine, monkeypatch):
     assert (given["end_id"], given["pad_id"]) == (tokenizer.end_id, tokenizer.pad_id)
 
 
-@pytest.mark.parametrize("prompts", [[], [3], [["token"]], b"token"])
+@pytest.mark.parametrize("prompts", [[], [3], [["token"]], b"token", 3, None])
 def test_prompts_must_be_text(engine, prompts):
     with pytest.raises(ValueError, match=r"prompts: got .*, expected a string or a list of"):
         engine.generate(prompts)

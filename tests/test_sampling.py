@@ -80,9 +80,10 @@ def test_draws_do_not_depend_on_the_budget_or_on_other_rows():
     np.testing.assert_array_equal(run(PROMPTS[:1], REAL[:1], seed=1)[0], tokens[0])
 
 
-def test_equal_rows_draw_differently():
-    first, second = run(np.tile(PROMPTS[:1], (2, 1)))
-    assert (first != second).mean() > 0.5
+def test_every_draw_is_a_new_one():
+    rows = run(np.tile(PROMPTS[:1], (2, 1)), temperature=1e6)  # all 53 tokens alike
+    assert all(len(set(row)) > 7 for row in rows.tolist())
+    assert (rows[0] != rows[1]).mean() > 0.5
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}])
@@ -170,7 +171,13 @@ RIGHT_PADDED = np.array([[1] * 9, [1] * 8 + [0]])
         (dict(max_new_tokens=-3), "max_new_tokens: got -3"),
         (dict(max_new_tokens=117), r"3 and 30 new blocks .* context of 32 .* at most 116 new"),
         (dict(max_new_tokens=128), "ask for at most 116 new tokens"),
-        (dict(tokens=np.ones((1, 128)), mask=np.ones((1, 128))), "keep the prompt to 116 tokens"),
+        (
+            dict(tokens=np.ones((1, 128), int), mask=np.ones((1, 128))),
+            "keep the prompt to 116 tokens",
+        ),
+        (dict(tokens=PROMPTS * 1.0), "tokens: got float64, expected integers"),
+        (dict(tokens=PROMPTS + 1000 * REAL), "tokens: 10.. is not in 0.."),
+        (dict(tokens=-PROMPTS), "tokens: -.* is not in 0.."),
         (dict(mask=REAL * [[1], [0]]), "row 1 of the prompts has no token"),
         (dict(tokens=PROMPTS[:, :0], mask=REAL[:, :0]), "row 0 of the prompts has no token"),
         (dict(mask=HOLES), "row 1 of the mask has padding behind a token; left-pad"),
