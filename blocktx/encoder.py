@@ -1,4 +1,4 @@
-"""The small bidirectional encoder of `encoder` and `cls` embedders, over the tokens of one block."""
+"""The small bidirectional encoder of `encoder` and `cls` embedders, over one block's tokens."""
 
 import flax.linen as nn
 import jax

@@ -52,8 +52,8 @@ class Engine:
         Raises:
           ValueError: see `blocktx.sampling.generate`.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts or not all(isinstance(text, str) for text in texts):
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not (isinstance(texts, Sequence) and texts and all(isinstance(t, str) for t in texts)):
             raise ValueError(f"prompts: got {prompts!r}, expected a string or a list of strings")
         end_id, pad_id = self.tokenizer.end_id, self.tokenizer.pad_id
         rows = [self.tokenizer.encode(text) or [end_id] for text in texts]
@@ -73,7 +73,7 @@ class Engine:
             end_id=end_id,
             pad_id=pad_id,
         )
-        written = [self._text(row) for row in np.asarray(generated_BxT).tolist()]
+        written = [self._text(row) for row in generated_BxT.tolist()]
         return written[0] if isinstance(prompts, str) else written
 
     def _text(self, tokens: list[int]) -> str:

@@ -114,9 +114,10 @@ class EncoderConfig:
 class EmbedderConfig:
     """How the tokens of a block become block embeddings (PAPER.md, "The model" and appendix).
 
-    lookup: the rows of a table, concatenated. projection: rows of a wider table, concatenated and
-    projected. encoder: the outputs of an encoder over the tokens, concatenated and projected. cls:
-    the outputs at `cls_tokens` CLS tokens before them, projected, or with `concatenate` as they are.
+    lookup: the rows of a table, concatenated.
+    projection: the rows of a wider table, concatenated and projected.
+    encoder: the outputs of an encoder over the tokens, concatenated and projected.
+    cls: its outputs at `cls_tokens` CLS tokens before them, projected, or with `concatenate` not.
     """
 
     kind: Literal["lookup", "projection", "encoder", "cls"] = "lookup"
@@ -143,7 +144,7 @@ class EmbedderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ModelConfig:
-    """What block and vanilla models share. Execution fields change speed and memory, not results."""
+    """What block and vanilla models share. Execution fields change speed and memory only."""
 
     vocab_size: int
     context_length: int  # tokens

@@ -92,7 +92,7 @@ def generate(
     seed: int = 0,
     end_id: int | None = None,
     pad_id: int = 0,
-) -> jax.Array:
+) -> np.ndarray:
     """Continue a batch of prompts.
 
     Shapes are rounded up to buckets, and everything else is traced: calls whose prompt lengths and
@@ -119,6 +119,9 @@ def generate(
     """
     config = model.config
     tokens_BxNxK, mask_BxNxK = _blocks(tokens_BxT, mask_BxT, config.block_length, pad_id)
+    for token in (tokens_BxNxK.min(), tokens_BxNxK.max()):
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(f"tokens: {token} is not in 0..{config.vocab_size - 1} (vocab_size)")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, must be 1 or greater")
     new_blocks = -(-max_new_tokens // config.block_length)
@@ -145,7 +148,8 @@ def generate(
         end_id=jnp.int32(-1 if end_id is None else end_id),
         pad_id=jnp.int32(pad_id),
     )
-    return generated_BxMxK.reshape(rows, -1)[:, :max_new_tokens]
+    # Cut on the host: XLA would compile a slice for every budget.
+    return np.asarray(generated_BxMxK).reshape(rows, -1)[:, :max_new_tokens]
 
 
 def _does_not_fit(model: Model, prompt_blocks: int, max_new_tokens: int) -> str:
@@ -169,14 +173,19 @@ def separate_layers(model: Model, params: dict[str, Any]) -> tuple[Model, dict[s
     return model.clone(config=config), unstack_layers(params)
 
 
-def _blocks(tokens_BxT, mask_BxT, block_length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _blocks(
+    tokens_BxT: Any, mask_BxT: Any, block_length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Prompts in as few whole blocks as hold the longest, checked; padding in front."""
-    tokens_BxT = np.asarray(tokens_BxT, np.int32)
+    tokens_BxT = np.asarray(tokens_BxT)
     mask_BxT = np.asarray(mask_BxT).astype(bool)
-    if tokens_BxT.ndim != 2 or tokens_BxT.shape != mask_BxT.shape:
+    if tokens_BxT.ndim != 2 or tokens_BxT.shape != mask_BxT.shape or not len(tokens_BxT):
         raise ValueError(
-            f"tokens {tokens_BxT.shape} and mask {mask_BxT.shape} must both be [batch, length]"
+            f"tokens {tokens_BxT.shape} and mask {mask_BxT.shape} must both be [batch, length], "
+            "with a row or more"
         )
+    if not np.issubdtype(tokens_BxT.dtype, np.integer):
+        raise ValueError(f"tokens: got {tokens_BxT.dtype}, expected integers")
     length_B = mask_BxT.sum(1)
     columns_T = np.arange(tokens_BxT.shape[1])[::-1]
     for row in range(len(tokens_BxT)):
@@ -186,7 +195,7 @@ def _blocks(tokens_BxT, mask_BxT, block_length: int, pad_id: int) -> tuple[np.nd
             raise ValueError(f"row {row} of the mask has padding behind a token; left-pad prompts")
     count = -(-int(length_B.max()) // block_length)
     width = count * block_length
-    tokens_BxT = np.where(mask_BxT, tokens_BxT, pad_id)[:, -width:]
+    tokens_BxT = np.where(mask_BxT, tokens_BxT, pad_id).astype(np.int32)[:, -width:]
     missing = ((0, 0), (width - tokens_BxT.shape[1], 0))
     shape = (len(tokens_BxT), count, block_length)
     return (

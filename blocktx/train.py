@@ -24,7 +24,7 @@ from blocktx.data.tokenizer import Tokenizer
 from blocktx.evaluate import evaluate
 from blocktx.loss import training_counts, training_sums
 from blocktx.metrics import MetricsWriter, Progress, plot_loss
-from blocktx.model import Model, build, init_params
+from blocktx.model import Model, build, count_params, init_params
 from blocktx.optimizer import optimizer, schedule
 
 
@@ -137,7 +137,7 @@ def train(
             batches.set_state(resumed.data)
         corpus.tokenizer.save(workdir / "tokenizer.json")
         _write_json(workdir / "config.json", to_dict(config))
-        _print_summary(config, corpus, state)
+        _print_summary(config, corpus)
         evaluate_heldout = _heldout_evaluation(config, model, corpus)
         if start >= steps:
             print(f"the run is at step {start} of {steps} already: nothing is left to train")
@@ -295,16 +295,12 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def _print_summary(config: RunConfig, corpus: Corpus, state: TrainState) -> None:
-    total = outside = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        total += leaf.size
-        if path[-1].key != "embedding" and "classifier" not in (key.key for key in path):
-            outside += leaf.size
+def _print_summary(config: RunConfig, corpus: Corpus) -> None:
+    total, inner = count_params(config.model)
     train, heldout = corpus.train, corpus.heldout
     devices = jax.devices()
     print(
-        f"model    {config.model.kind}, {total:,} parameters, {outside:,} non-embedding\n"
+        f"model    {config.model.kind}, {total:,} parameters, {inner:,} non-embedding\n"
         f"data     {len(train.tokens):,} tokens in {len(train):,} documents, held out "
         f"{len(heldout.tokens):,} in {len(heldout):,}\n"
         f"devices  {len(devices)} x {devices[0].device_kind}",

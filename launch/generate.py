@@ -6,7 +6,7 @@ python launch/generate.py --checkpoint=runs/quickstart --prompt="The state of th
 import sys
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 import blocktx
 from blocktx import benchmark
@@ -29,8 +29,8 @@ _AGAINST = flags.DEFINE_enum(
     "against",
     None,
     ["vanilla"],
-    "Also measure the decode throughput, beside that of a vanilla model (with random weights, which "
-    "do not change its speed) of as many non-embedding parameters, at the same prompt and length.",
+    "Also measure decode throughput beside that of a vanilla model (with random weights, which do "
+    "not change its speed) of as many non-embedding parameters, at the same prompt and length.",
 )
 
 
@@ -71,6 +71,8 @@ def _run() -> None:
 
 
 def main(argv: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells every step of a load
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:

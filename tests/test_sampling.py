@@ -1,161 +1,207 @@
-"""Stepwise decoding against the full forward, the generate loop, and the samplers."""
+"""The samplers, and what the generate loop promises besides its tokens (see test_decoding.py)."""
 
-import dataclasses
-import functools
+import contextlib
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_weights import random_params
 
+from blocktx import sampling
 from blocktx.model import build
-from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
-from blocktx.sampling import generate
+from blocktx.model_config import BlockConfig, StackConfig
+from blocktx.sampling import Sampling, generate, sample
 
-PAD = 0
-STACK = StackConfig(layers=2, width=32, heads=2)
-# Contexts that hold a prompt of the smallest bucket and as many new tokens.
-SHARED = dict(vocab_size=53, context_length=128, scan_layers=False)
-CONFIGS = {
-    length: BlockConfig(
-        **SHARED,
-        block_length=length,
+STACK = StackConfig(layers=1, width=32, heads=2)
+NET = build(
+    BlockConfig(
+        vocab_size=53,
+        context_length=128,
+        scan_layers=False,
         block_decoder=STACK,
-        token_decoder=StackConfig(layers=1, width=16, heads=2),
+        token_decoder=STACK,
     )
-    for length in (1, 2, 4)
-}
-CONFIGS["vanilla"] = VanillaConfig(**SHARED, decoder=STACK)
-NEW_BLOCKS = 3
+)
+PARAMS = random_params(NET)
+PROMPTS = np.random.default_rng(0).integers(0, 53, (2, 9))
+REAL = np.ones_like(PROMPTS)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def apply(net, method, params, *args):
-    return net.apply({"params": params}, *args, method=method)
+def run(tokens=PROMPTS, mask=REAL, **options):
+    options = dict(max_new_tokens=12) | options
+    return np.asarray(generate(NET, PARAMS, tokens, mask, **options))
 
 
-class Case:
-    """A model, and prompts of every length up to two blocks in one ragged batch."""
+@contextlib.contextmanager
+def events(name):
+    """A list that has an entry for each time JAX reports `name`."""
+    seen = []
 
-    def __init__(self, config):
-        self.net, self.length = build(config), config.block_length
-        self.params = random_params(self.net)
-        self.lengths = range(1, 2 * self.length + (1 if self.length > 1 else 3))
-        self.rows = len(self.lengths)
-        rng = np.random.default_rng(0)
-        self.prompts = [rng.integers(1, 53, length).tolist() for length in self.lengths]
-        self.prompt_blocks = np.array([-(-length // self.length) for length in self.lengths])
-        self.blocks = max(self.prompt_blocks) + NEW_BLOCKS
+    def listen(event, *_, **__):
+        if event == f"/jax/core/compile/{name}":
+            seen.append(event)
 
-    def left_padded(self):
-        """The prompts as `generate` takes them."""
-        width = max(self.lengths)
-        tokens = np.array([[PAD] * (width - len(row)) + row for row in self.prompts])
-        return tokens, np.arange(width)[::-1] < np.array(self.lengths)[:, None]
-
-    def begun_at_zero(self, continuation):
-        """Prompts and what follows as blocks `[rows, blocks, K]`, each row's first in slot 0."""
-        tokens = np.full((self.rows, self.blocks * self.length), PAD)
-        mask = np.zeros_like(tokens)
-        for b, (prompt, after) in enumerate(zip(self.prompts, continuation, strict=True)):
-            begin = -len(prompt) % self.length
-            text = [*prompt, *after]
-            tokens[b, begin : begin + len(text)] = text
-            mask[b, begin : begin + len(text)] = 1
-        shape = (self.rows, self.blocks, self.length)
-        return tokens.reshape(shape), mask.reshape(shape)
-
-    def teacher_forced(self, continuation):
-        """Logits `[rows, new, V]` of the new tokens by the full forward."""
-        tokens, mask = self.begun_at_zero(continuation)
-        if self.net.config.kind == "vanilla":
-            logits = apply(self.net, "__call__", self.params, tokens[..., 0], mask[..., 0])
-            logits = logits[:, :-1, None]
-        else:
-            logits = apply(self.net, "__call__", self.params, tokens, mask)
-        first = self.prompt_blocks[:, None] - 1 + np.arange(NEW_BLOCKS)
-        logits = np.take_along_axis(np.asarray(logits), first[..., None, None], axis=1)
-        return logits.reshape(self.rows, -1, logits.shape[-1])
-
-    @functools.cached_property
-    def greedy(self):
-        """The greedy continuation, by a full forward for each token."""
-        new = NEW_BLOCKS * self.length
-        chosen = np.full((self.rows, new), 7)
-        for i in range(new):
-            chosen[:, i] = self.teacher_forced(chosen)[:, i].argmax(-1)
-        return chosen
-
-    def generate(self, prompts=None, max_new_tokens=None, **options):
-        tokens, mask = self.left_padded() if prompts is None else prompts
-        new = NEW_BLOCKS * self.length if max_new_tokens is None else max_new_tokens
-        options = dict(temperature=0, pad_id=PAD) | options
-        return np.asarray(
-            generate(self.net, self.params, tokens, mask, max_new_tokens=new, **options)
-        )
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=str)
-def case(request):
-    return Case(CONFIGS[request.param])
+def test_second_call_in_a_bucket_compiles_nothing():
+    jax.clear_caches()
+    with events("backend_compile_duration") as compiled:
+        run()
+        first = len(compiled)
+        mask = REAL.copy()
+        mask[0, :3] = 0
+        run(PROMPTS[::-1, :6], mask[:, :6])
+        run(max_new_tokens=30, temperature=0.7)
+        run(max_new_tokens=11, top_k=5, top_p=0.9, seed=3, end_id=4, pad_id=1, temperature=0.0)
+    assert first > 0
+    assert len(compiled) == first
 
 
-@pytest.fixture(scope="module")
-def four():
-    return Case(CONFIGS[4])
+def test_seed_decides():
+    tokens = run(seed=1)
+    np.testing.assert_array_equal(run(seed=1), tokens)
+    assert (run(seed=2) != tokens).mean() > 0.5
+    assert (tokens[0] != tokens[1]).mean() > 0.5
 
 
-def test_stepwise_equals_teacher_forcing(case):
-    run = functools.partial(apply, case.net)
-    rng, rows, params = np.random.default_rng(1), case.rows, case.params
-    new = rng.integers(0, 53, (rows, NEW_BLOCKS, case.length))
-    prompts, _ = case.begun_at_zero([[]] * rows)
-    cache = case.net.create_cache(rows, case.blocks)
-    count = max(case.prompt_blocks)
-    contexts, cache = run("extend", params, prompts[:, :count], np.zeros(rows, int), cache)
-    context = np.take_along_axis(
-        np.asarray(contexts), case.prompt_blocks[:, None, None] - 1, axis=1
-    )[:, 0]
-    stepwise = []
-    for n in range(NEW_BLOCKS):
-        logits, token_cache = run("start_block", params, context, case.net.create_token_cache(rows))
-        stepwise.append(logits)
-        for k in range(case.length - 1):
-            logits, token_cache = run("step_token", params, new[:, n, k], k, token_cache)
-            stepwise.append(logits)
-        at = case.prompt_blocks + n
-        contexts, cache = run("extend", params, new[:, n : n + 1], at, cache)
-        context = contexts[:, 0]
-    expected = case.teacher_forced(new.reshape(rows, -1))
-    assert expected.std() > 1
-    np.testing.assert_allclose(np.stack(stepwise, axis=1), expected, atol=1e-5, rtol=0)
+def test_draws_do_not_depend_on_the_budget_or_on_other_rows():
+    tokens = run(seed=1)
+    np.testing.assert_array_equal(run(seed=1, max_new_tokens=5), tokens[:, :5])
+    other = PROMPTS.copy()
+    other[1] = 7
+    np.testing.assert_array_equal(run(other, seed=1)[0], tokens[0])
+    np.testing.assert_array_equal(run(PROMPTS[:1], REAL[:1], seed=1)[0], tokens[0])
 
 
-def test_greedy_equals_a_full_forward_for_every_token(case):
-    np.testing.assert_array_equal(case.generate(), case.greedy)
-    part = case.greedy.shape[1] - 1
-    np.testing.assert_array_equal(case.generate(max_new_tokens=part), case.greedy[:, :part])
+def test_every_draw_is_a_new_one():
+    rows = run(np.tile(PROMPTS[:1], (2, 1)), temperature=1e6)  # all 53 tokens alike
+    assert all(len(set(row)) > 7 for row in rows.tolist())
+    assert (rows[0] != rows[1]).mean() > 0.5
 
 
-def test_rows_end_at_the_end_token(case):
-    # The token that comes earliest in the middle of a row, so that rows end at different places.
-    end_id = case.greedy[-1, case.greedy.shape[1] // 2]
-    expected = case.greedy.copy()
-    for row in expected:
-        if end_id in row:
-            row[row.tolist().index(end_id) + 1 :] = PAD
-    assert (expected != case.greedy).any()
-    assert (expected == case.greedy).all(1).any()
-    np.testing.assert_array_equal(case.generate(end_id=int(end_id)), expected)
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}])
+def test_limits_are_greedy(options):
+    np.testing.assert_array_equal(run(**options), run(temperature=0))
 
 
-def test_stacked_layers_generate_the_same(four):
-    from blocktx.stack import stack_layers
+def reference(logits, temperature, top_k, top_p):
+    """The probabilities that `sample` is to draw from, token by token."""
+    weight = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-weight)[: top_k or None]
+    weight /= weight[order].sum()
+    keep, mass = [], 0.0
+    for token in order:
+        if mass >= top_p:
+            break
+        keep.append(token)
+        mass += weight[token]
+    probability = np.zeros_like(weight)
+    probability[keep] = weight[keep] / mass
+    return probability
 
-    config = dataclasses.replace(CONFIGS[4], scan_layers=True)
-    tokens, mask = four.left_padded()
-    got = generate(
-        build(config), stack_layers(four.params), tokens, mask, max_new_tokens=12, temperature=0
-    )
-    np.testing.assert_array_equal(got, four.greedy)
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.8), (4, 0.7), (0, 0.3), (100, 1.0)]
+)
+def test_sampled_frequencies(temperature, top_k, top_p):
+    logits, draws = np.array([0.1, 2.0, -1.0, 1.5, 0.9, 1.8, -0.3]), 20_000
+    expected = reference(logits, temperature, top_k, top_p)
+    chosen = Sampling.create(temperature=temperature, top_k=top_k, top_p=top_p, seed=0, rows=draws)
+    tokens = jax.jit(sample)(jnp.tile(jnp.float32(logits), (draws, 1)), chosen, jnp.int32(3))
+    observed = np.bincount(tokens, minlength=len(logits)) / draws
+    assert (observed[expected == 0] == 0).all()
+    deviation = np.sqrt(expected * (1 - expected) / draws)
+    np.testing.assert_array_less(np.abs(observed - expected), 5 * deviation + 1e-9)
+
+
+def addresses(cache):
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)]
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """Of each call: the empty cache, its addresses in memory, and the cache that comes out."""
+    seen, original = [], sampling._generate
+
+    def spy(model, params, tokens, mask, cache, *args, **kwargs):
+        before = addresses(cache)
+        tokens, written = original(model, params, tokens, mask, cache, *args, **kwargs)
+        seen.append((cache, before, written))
+        return tokens, written
+
+    monkeypatch.setattr(sampling, "_generate", spy)
+    return seen
+
+
+def test_loop_stops_when_all_rows_have_ended(caches):
+    prompt = np.tile(np.random.default_rng(1).integers(0, 53, (1, 64)), (2, 1))  # a full bucket
+    options = dict(mask=np.ones_like(prompt), max_new_tokens=64, temperature=0)
+    tokens = run(prompt, **options)
+    run(prompt, **options, end_id=int(tokens[0, 5]))
+    full, ended = (np.flatnonzero(np.any(cache[0].k_SxHxC, (0, 2, 3))) for *_, cache in caches)
+    # The prompt's 16 blocks, and each new block that another one was decoded after.
+    np.testing.assert_array_equal(full, np.arange(16 + 15))
+    end_block = tokens[0].tolist().index(tokens[0, 5]) // 4
+    np.testing.assert_array_equal(ended, np.arange(16 + end_block))
+
+
+def test_cache_is_written_in_place(caches):
+    run()
+    ((empty, before, written),) = caches
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(empty))
+    assert addresses(written) == before
+
+
+HOLES = np.array([[1] * 9, [1, 1, 0, 1, 1, 1, 1, 1, 1]])
+RIGHT_PADDED = np.array([[1] * 9, [1] * 8 + [0]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens: got 0, must be 1 or greater"),
+        (dict(max_new_tokens=-3), "max_new_tokens: got -3"),
+        (dict(max_new_tokens=117), r"3 and 30 new blocks .* context of 32 .* at most 116 new"),
+        (dict(max_new_tokens=128), "ask for at most 116 new tokens"),
+        (
+            dict(tokens=np.ones((1, 128), int), mask=np.ones((1, 128))),
+            "keep the prompt to 116 tokens",
+        ),
+        (dict(tokens=PROMPTS * 1.0), "tokens: got float64, expected integers"),
+        (dict(tokens=PROMPTS + 1000 * REAL), "tokens: 10.. is not in 0.."),
+        (dict(tokens=-PROMPTS), "tokens: -.* is not in 0.."),
+        (dict(mask=REAL * [[1], [0]]), "row 1 of the prompts has no token"),
+        (dict(tokens=PROMPTS[:, :0], mask=REAL[:, :0]), "row 0 of the prompts has no token"),
+        (dict(mask=HOLES), "row 1 of the mask has padding behind a token; left-pad"),
+        (dict(mask=RIGHT_PADDED), "row 1 of the mask has padding behind a token; left-pad"),
+        (dict(mask=REAL[:, 1:]), r"tokens \(2, 9\) and mask \(2, 8\) must both be"),
+        (dict(tokens=PROMPTS[0], mask=REAL[0]), r"must both be \[batch, length\], with"),
+        (dict(tokens=PROMPTS[:0], mask=REAL[:0]), "with a row or more"),
+        (dict(temperature=-0.1), "temperature: got -0.1, must be 0"),
+        (dict(temperature=float("nan")), "temperature: got nan"),
+        (dict(temperature=float("inf")), "temperature: got inf"),
+        (dict(top_k=-1), "top_k: got -1, must be 0"),
+        (dict(top_p=0.0), "top_p: got 0.0, must be above 0 and at most 1"),
+        (dict(top_p=1.1), "top_p: got 1.1"),
+        (dict(top_p=float("nan")), "top_p: got nan"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_bad_input_is_refused_before_anything_is_traced(options, message):
+    with events("jaxpr_trace_duration") as traced, pytest.raises(ValueError, match=message):
+        run(**options)
+    assert not traced
+
+
+def test_traces_are_counted():
+    with events("jaxpr_trace_duration") as traced:
+        jax.jit(lambda x: x + 1)(0)
+    assert traced
