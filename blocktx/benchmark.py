@@ -15,7 +15,7 @@ from blocktx.model_config import BlockConfig, VanillaConfig
 def equal_vanilla(config: BlockConfig) -> VanillaConfig:
     """The vanilla model as wide as the block decoder whose non-embedding parameters come nearest.
 
-    Where both decoders are equally wide, its layers are theirs together (PAPER.md, table 1).
+    Where both decoders are equally wide, its layers are theirs together (paper, table 1).
     """
     wanted = count_params(config)[1]
 

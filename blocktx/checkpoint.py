@@ -3,7 +3,7 @@
     workdir/config.json, workdir/tokenizer.json
     workdir/checkpoints/<step>/params      nested dict of arrays, names as in the model
                                opt_state   the optax state
-                               data        JSON: where the input pipeline stands
+                               data        JSON: where the input pipeline stands, and in what
                                metadata    JSON: format_version, blocktx_version, step, config
 
 Orbax writes to a folder of another name and renames it when it is whole, so a folder named by its
@@ -21,11 +21,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from blocktx.config import RunConfig, from_config_dict, to_dict
-from blocktx.model import build, init_params
+from blocktx.checkpoint_folder import (
+    FORMAT_VERSION,
+    abstract_params,
+    check_names_and_shapes,
+    check_same_run,
+    find,
+    read,
+    read_metadata,
+)
+from blocktx.config import RunConfig, to_dict
 from blocktx.model_config import ModelConfig
-
-FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, config: RunConfig):
-        self._config = config
+        self._config, self._version = config, _version()  # it must not fail at the first save
         self.directory = epath.Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -86,7 +92,7 @@ class Checkpoints:
                 params=ocp.args.StandardSave(params),
                 opt_state=ocp.args.StandardSave(opt_state),
                 data=ocp.args.JsonSave(data),
-                metadata=ocp.args.JsonSave(_metadata(step, self._config)),
+                metadata=ocp.args.JsonSave(_metadata(step, self._config, self._version)),
             ),
         )
 
@@ -98,13 +104,14 @@ class Checkpoints:
         Raises:
           FileNotFoundError: if there is no checkpoint.
           ValueError: if the checkpoint is not one of blocktx, of a newer format, does not fit, is
-            damaged, or belongs to a run that differs in `model`, `data` or `seed`.
+            damaged, or belongs to a run that differs in `model`, `data`, `seed` or
+            `training.batch_size`.
         """
         folder = find(self.directory)
-        step, config = _read_metadata(folder)
-        _check_same_run(folder, config, self._config)
-        _check_names_and_shapes(folder, params)
-        items = _read(
+        step, config = read_metadata(folder)
+        check_same_run(folder, config, self._config)
+        check_names_and_shapes(folder, params)
+        items = read(
             folder,
             params=ocp.args.StandardRestore(params),
             opt_state=ocp.args.StandardRestore(opt_state),
@@ -145,7 +152,7 @@ def save_params(
                 unfinished / "checkpoints" / str(step),
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
-                    metadata=ocp.args.JsonSave(_metadata(step, config)),
+                    metadata=ocp.args.JsonSave(_metadata(step, config, _version())),
                 ),
             )
         (unfinished / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
@@ -178,152 +185,25 @@ def load_params(
         configuration (all that does not is listed), or is damaged.
     """
     folder = find(path)
-    step, config = _read_metadata(folder)
+    step, config = read_metadata(folder)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params = abstract_params(model or config.model, sharding)
-    _check_names_and_shapes(folder, params)
-    params = _read(folder, params=ocp.args.StandardRestore(params)).params
+    check_names_and_shapes(folder, params)
+    params = read(folder, params=ocp.args.StandardRestore(params)).params
     return Checkpoint(params, config, step, folder)
 
 
-def abstract_params(config: ModelConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    """The parameters of a model as ShapeDtypeStructs that all have one sharding."""
-    model = build(config)
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-
-
-def has_checkpoint(workdir: epath.PathLike) -> bool:
-    """Whether there is a finished checkpoint of the run in `workdir`."""
+def _version() -> str:
     try:
-        find(epath.Path(workdir) / "checkpoints")
-    except FileNotFoundError:
-        return False
-    return True
+        return importlib.metadata.version("blocktx")
+    except importlib.metadata.PackageNotFoundError:  # used from a clone
+        return "unknown"
 
 
-def find(path: epath.PathLike) -> epath.Path:
-    """The folder of one finished checkpoint: `path` itself, or the newest one in it.
-
-    Raises:
-      FileNotFoundError: if there is no such folder or no finished checkpoint in it.
-    """
-    path = epath.Path(path).expanduser().absolute()
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: there is no such folder")
-    if (path / "_CHECKPOINT_METADATA").exists():  # orbax marks each checkpoint with this file
-        if not ocp.path.step.is_path_finalized(path):
-            raise FileNotFoundError(f"{path}: a save that was never finished; choose another step")
-        return path
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = list(ocp.path.step.standard_name_format().find_all(root))
-    if not steps:
-        raise FileNotFoundError(
-            f"{path}: no finished checkpoint; give a run's folder, its checkpoints folder or the "
-            "folder of one step"
-        )
-    return max(steps, key=lambda found: found.step).path
-
-
-def _metadata(step: int, config: RunConfig) -> dict[str, Any]:
+def _metadata(step: int, config: RunConfig, version: str) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
-        "blocktx_version": importlib.metadata.version("blocktx"),
+        "blocktx_version": version,
         "step": step,
         "config": to_dict(config),
     }
-
-
-def _read_metadata(folder: epath.Path) -> tuple[int, RunConfig]:
-    missing = [item for item in ("params", "metadata") if not (folder / item).is_dir()]
-    if missing:
-        found = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir()))
-        raise ValueError(
-            f"{folder}: not a checkpoint of blocktx: no {' and no '.join(missing)} in it, only "
-            f"{found or 'files'}"
-        )
-    metadata = _read(folder, metadata=ocp.args.JsonRestore()).metadata
-    fields = ("format_version", "step", "config")
-    if not isinstance(metadata, dict) or any(field not in metadata for field in fields):
-        raise ValueError(
-            f"{folder}: not a checkpoint of blocktx: its metadata lacks {', '.join(fields)}"
-        )
-    if metadata["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}: format_version is {metadata['format_version']}, and this blocktx reads up "
-            f"to {FORMAT_VERSION}; install blocktx {metadata.get('blocktx_version')} or newer"
-        )
-    try:
-        return metadata["step"], from_config_dict(metadata["config"])
-    except ValueError as error:
-        raise ValueError(f"{folder}: metadata: {error}") from error
-
-
-def _read(folder: epath.Path, **items: Any) -> Any:
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(folder, args=ocp.args.Composite(**items))
-    except Exception as error:  # damage surfaces as whatever the layer that meets it raises
-        raise ValueError(
-            f"{folder}: cannot read {', '.join(items)}, a file may be damaged or missing: {error}"
-        ) from error
-
-
-def _check_names_and_shapes(folder: epath.Path, params: dict[str, Any]) -> None:
-    try:
-        stored = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "params").tree)
-    except Exception as error:
-        raise ValueError(
-            f"{folder}: cannot read params, a file may be damaged or missing: {error}"
-        ) from error
-    wanted = _shapes(params)
-    problems = [
-        f"  {name}: checkpoint {stored.get(name, 'lacks it')}, "
-        f"configuration {wanted.get(name, 'lacks it')}"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
-    ]
-    if problems:
-        raise ValueError(
-            "\n".join([f"{folder}: parameters do not fit the configuration:", *problems])
-        )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _check_same_run(folder: epath.Path, saved: RunConfig, config: RunConfig) -> None:
-    old, new = _fixed_fields(saved), _fixed_fields(config)
-    problems = [
-        f"  {name}: checkpoint {old.get(name, 'lacks it')!r}, now {new.get(name, 'lacks it')!r}"
-        for name in sorted(old.keys() | new.keys())
-        if name not in old or name not in new or old[name] != new[name]
-    ]
-    if problems:
-        raise ValueError(
-            "\n".join(
-                [f"{folder}: a resumed run may change only training and optimizer:", *problems]
-            )
-        )
-
-
-def _fixed_fields(config: RunConfig) -> dict[str, Any]:
-    """Full names and values of the fields that a resumed run must not change."""
-    fields = {}
-
-    def walk(name: str, node: Any) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(f"{name}.{key}", value)
-        else:
-            fields[name] = node
-
-    whole = to_dict(config)
-    for section in ("model", "data", "seed"):
-        walk(f"config.{section}", whole[section])
-    del fields["config.data.cache_dir"]  # where the cache lies does not change the data
-    return fields

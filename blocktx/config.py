@@ -49,12 +49,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping and a schedule (PAPER.md, "Sizes and recipe")."""
+    """AdamW with clipping and a schedule (paper, tables 1 and 3)."""
 
     learning_rate: float = 1e-3  # the peak
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = 0
-    final_fraction: float = 0.0  # of the peak, at the last step of a linear or cosine schedule
+    final_fraction: float = 0.0  # of the peak, where linear and cosine schedules end
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -63,7 +63,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         positive(self, "learning_rate", "eps")
-        not_negative(self, "warmup_steps", "final_fraction", "weight_decay", "clip_norm")
+        not_negative(self, "warmup_steps", "weight_decay", "clip_norm")
+        require(
+            0 <= self.final_fraction <= 1,
+            "final_fraction",
+            f"got {self.final_fraction}, must be between 0 and 1",
+        )
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
             require(0 <= value < 1, field, f"got {value}, must be at least 0 and below 1")
@@ -128,7 +133,7 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
-        not_negative(self, "seed")
+        require(0 <= self.seed < 2**63, "seed", f"got {self.seed}, must be in 0..2^63-1")
         warmup, steps = self.optimizer.warmup_steps, self.training.steps
         require(
             warmup <= steps,

@@ -55,6 +55,11 @@ class Engine:
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not (isinstance(texts, Sequence) and texts and all(isinstance(t, str) for t in texts)):
             raise ValueError(f"prompts: got {prompts!r}, expected a string or a list of strings")
+        for row, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"prompts: row {row} is not valid Unicode: {error}") from None
         end_id, pad_id = self.tokenizer.end_id, self.tokenizer.pad_id
         rows = [self.tokenizer.encode(text) or [end_id] for text in texts]
         longest = max(len(row) for row in rows)

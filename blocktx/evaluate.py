@@ -3,13 +3,18 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
+from blocktx.config import RunConfig
+from blocktx.data.corpus import Corpus
+from blocktx.data.pipeline import heldout_batches
 from blocktx.loss import position_sums
 from blocktx.model import Model
 
@@ -87,3 +92,30 @@ def _sums(
     model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
 ) -> jax.Array:
     return jnp.stack(position_sums(model, params, tokens_BxNxK, mask_BxNxK))
+
+
+def heldout_evaluation(
+    config: RunConfig, model: Model, corpus: Corpus
+) -> Callable[[int, dict[str, Any]], dict[str, float]] | None:
+    """A function of step and parameters that prints the held-out loss and returns it as scalars.
+
+    None, with a warning, if nothing is held out.
+    """
+    documents = corpus.heldout
+    batches = heldout_batches(documents, config, corpus.tokenizer.pad_id)
+    if batches is None:
+        print(
+            "warning: no held-out text to evaluate on "
+            f"(config.data.holdout_every is {config.data.holdout_every})",
+            flush=True,
+        )
+        return None
+
+    def evaluate_heldout(step: int, params: dict[str, Any]) -> dict[str, float]:
+        bytes_per_token = documents.text_bytes / len(documents.tokens)
+        evaluation = evaluate(model, params, batches, bytes_per_token)
+        tqdm.write(f"held-out step={step} {evaluation}")  # to stdout, above the bar
+        sys.stdout.flush()
+        return {f"heldout/{name}": value for name, value in evaluation.scalars().items()}
+
+    return evaluate_heldout

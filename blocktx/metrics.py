@@ -61,8 +61,8 @@ class Progress:
         self._writer, self._training, self._start = writer, training, start
         self._bar = tqdm(total=training.steps, initial=start, unit=" steps", disable=None)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._since: float | None = None  # since when _tokens are counted, if they are
-        self._tokens = 0
+        self._since: float | None = None  # since when tokens are counted, if they are
+        self._until, self._tokens = 0.0, 0
 
     def __enter__(self) -> "Progress":
         return self
@@ -83,10 +83,12 @@ class Progress:
     def flush(self) -> None:
         """Reads all metrics, as `add`. What is done before the next step is not timed."""
         if self._pending is not None:
-            self._read(*self._pending)
-        self._pending, self._since = None, None
+            # Others are timed when the next step is under way; without a next one, tokens are not
+            # comparable with times.
+            self._read(*self._pending, timed=False)
+        self._pending, self._since, self._tokens = None, None, 0
 
-    def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def _read(self, step: int, metrics: dict[str, jax.Array], timed: bool = True) -> None:
         values = {name: value.item() for name, value in metrics.items()}  # waits for the step
         tokens = values.pop("tokens")
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -94,19 +96,22 @@ class Progress:
                 f"step {step}: the loss is {values['loss']}, the gradient's norm "
                 f"{values['grad_norm']}"
             )
-        shown, now = f"loss={values['loss']:.3f}", time.perf_counter()
-        if self._since is None:  # this step compiled, or began before an evaluation or a save
-            self._since, self._tokens = now, 0
-        else:
-            self._tokens += tokens
-            values["tokens_per_second"] = self._tokens / (now - self._since)
+        shown = f"loss={values['loss']:.3f}"
+        if timed:
+            self._until = time.perf_counter()
+            if self._since is None:  # this step compiled, or began before an evaluation or a save
+                self._since = self._until
+            else:
+                self._tokens += tokens
+        if self._tokens:
+            values["tokens_per_second"] = self._tokens / (self._until - self._since)
             shown += f" tokens/s={values['tokens_per_second']:,.0f}"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
         ends = (self._start + 1, self._training.steps)
         if step in ends or step % self._training.log_every == 0:
             self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
-            self._since, self._tokens = now, 0
+            self._since, self._tokens = self._until, 0
             if self._bar.disable:
                 print(f"step={step} {shown}", flush=True)
 
@@ -124,12 +129,12 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, float | None]]:
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-            line["step"] >= 0  # noqa: B015 - raises what no line of ours would
-        except (ValueError, TypeError, KeyError):
-            if number == len(texts):
-                break
-            raise ValueError(f"{path}: line {number} is not a line of metrics: {text!r}") from None
-        lines.append(line)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        elif number < len(texts):
+            raise ValueError(f"{path}: line {number} is not a line of metrics: {text!r}")
     return lines
 
 

@@ -9,8 +9,8 @@ Dtype = Literal["float32", "bfloat16"]
 class FieldError(ValueError):
     """A field that cannot be: `field` is relative to the dataclass that raises."""
 
-    def __init__(self, field: str, problem: str):
-        super().__init__(f"{field}: {problem}")
+    def __init__(self, field: str, problem: str = ""):  # copies are made of the message alone
+        super().__init__(f"{field}: {problem}" if problem else field)
         self.field, self.problem = field, problem
 
 
@@ -45,7 +45,7 @@ def _heads_divide(config: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StackConfig:
-    """A stack of GPT-NeoX layers (PAPER.md, "The model": backbone)."""
+    """A stack of GPT-NeoX layers (the backbone of Pythia and the paper)."""
 
     layers: int
     width: int
@@ -112,7 +112,7 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmbedderConfig:
-    """How the tokens of a block become block embeddings (PAPER.md, "The model" and appendix).
+    """How the tokens of a block become block embeddings (paper, section 2 and appendix).
 
     lookup: the rows of a table, concatenated.
     projection: the rows of a wider table, concatenated and projected.
@@ -144,12 +144,12 @@ class EmbedderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ModelConfig:
-    """What block and vanilla models share. Execution fields change speed and memory only."""
+    """What block and vanilla models share."""
 
     vocab_size: int
     context_length: int  # tokens
     initializer_range: float = 0.02  # standard deviation of new weights
-    # Execution.
+    # Execution: the same function, at another speed, in other memory, to other rounding.
     param_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
     scan_layers: bool = True  # parameters stacked under one scan; False: one subtree a layer
@@ -166,7 +166,7 @@ class _ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig(_ModelConfig):
-    """A Block Transformer: embedder, block decoder, token decoder (PAPER.md)."""
+    """A Block Transformer: embedder, block decoder, token decoder (paper, section 2)."""
 
     kind: Literal["block"] = "block"
     block_length: int = 4

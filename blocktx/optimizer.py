@@ -1,4 +1,4 @@
-"""The learning-rate schedule and the optimizer: clipped AdamW (PAPER.md, "Sizes and recipe")."""
+"""The learning-rate schedule and the optimizer: clipped AdamW (paper, tables 1 and 3)."""
 
 import jax
 import optax

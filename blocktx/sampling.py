@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import math
+import numbers
 from typing import Any
 
 import flax.struct
@@ -12,6 +12,7 @@ import numpy as np
 
 from blocktx.cache import Cache
 from blocktx.model import Model
+from blocktx.prompts import blocks_that_fit, in_blocks
 from blocktx.stack import unstack_layers
 
 _SMALLEST_BUCKET = 64  # tokens
@@ -33,12 +34,15 @@ class Sampling:
         Raises:
           ValueError: temperature below 0, top_k below 0, or top_p outside (0, 1].
         """
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature: got {temperature}, must be 0 (greedy) or greater")
-        if top_k < 0:
-            raise ValueError(f"top_k: got {top_k}, must be 0 (all tokens) or greater")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p: got {top_p}, must be above 0 and at most 1")
+        real, integer, tiny = numbers.Real, numbers.Integral, np.finfo(np.float32).tiny
+        for name, value, kind, low, high, must in [
+            ("temperature", temperature, real, 0, 1e30, "0 (greedy) or greater, and finite"),
+            ("top_k", top_k, integer, 0, 2**31 - 1, "0 (all tokens) or greater, and whole"),
+            ("top_p", top_p, real, tiny, 1, "above 0 and at most 1"),
+            ("seed", seed, integer, -(2**63), 2**63 - 1, "a whole number of 64 bits"),
+        ]:
+            if not (isinstance(value, kind) and low <= value <= high):  # nan is in no range
+                raise ValueError(f"{name}: got {value!r}, must be {must}")
         return cls(
             temperature=jnp.float32(temperature),
             top_k=jnp.int32(top_k),
@@ -96,7 +100,7 @@ def generate(
     """Continue a batch of prompts.
 
     Shapes are rounded up to buckets, and everything else is traced: calls whose prompt lengths and
-    budgets fall into the same buckets share one compiled program.
+    budgets fall into the same buckets share one compiled program, if they have as many rows.
 
     Args:
       model: a model. With `scan_layers` its layers are taken apart here, at every call; do it once
@@ -108,7 +112,8 @@ def generate(
       max_new_tokens: how many tokens to generate, at most.
       temperature, top_k, top_p, seed: see `Sampling`.
       end_id: a row ends with this token; None: none does.
-      pad_id: the padding token, which the embedder sees, and which fills a row behind its end.
+      pad_id: the token that fills a prompt's first block, where the embedder sees it, and a row
+        behind its end.
 
     Returns:
       int32 `[B, max_new_tokens]`.
@@ -118,16 +123,9 @@ def generate(
         and budget exceed the context.
     """
     config = model.config
-    tokens_BxNxK, mask_BxNxK = _blocks(tokens_BxT, mask_BxT, config.block_length, pad_id)
-    for token in (tokens_BxNxK.min(), tokens_BxNxK.max()):
-        if not 0 <= token < config.vocab_size:
-            raise ValueError(f"tokens: {token} is not in 0..{config.vocab_size - 1} (vocab_size)")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, must be 1 or greater")
-    new_blocks = -(-max_new_tokens // config.block_length)
+    tokens_BxNxK, mask_BxNxK = in_blocks(tokens_BxT, mask_BxT, config, pad_id)
+    new_blocks = blocks_that_fit(mask_BxNxK, config, max_new_tokens)
     rows, prompt_blocks = tokens_BxNxK.shape[:2]
-    if prompt_blocks + new_blocks > config.blocks:
-        raise ValueError(_does_not_fit(model, prompt_blocks, max_new_tokens))
     sampling = Sampling.create(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, rows=rows
     )
@@ -152,56 +150,10 @@ def generate(
     return np.asarray(generated_BxMxK).reshape(rows, -1)[:, :max_new_tokens]
 
 
-def _does_not_fit(model: Model, prompt_blocks: int, max_new_tokens: int) -> str:
-    length, blocks = model.config.block_length, model.config.blocks
-    new_blocks = -(-max_new_tokens // length)
-    advice = []
-    if new_blocks < blocks:
-        advice.append(f"keep the prompt to {(blocks - new_blocks) * length} tokens")
-    if prompt_blocks < blocks:
-        advice.append(f"ask for at most {(blocks - prompt_blocks) * length} new tokens")
-    return (
-        f"a prompt of {prompt_blocks} and {new_blocks} new blocks of {length} (max_new_tokens "
-        f"{max_new_tokens}) do not fit the context of {blocks} blocks "
-        f"({model.config.context_length} tokens); {' or '.join(advice) or 'shorten both'}"
-    )
-
-
 def separate_layers(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The same model with one subtree of parameters a layer, which is what decoding takes."""
     config = dataclasses.replace(model.config, scan_layers=False)
     return model.clone(config=config), unstack_layers(params)
-
-
-def _blocks(
-    tokens_BxT: Any, mask_BxT: Any, block_length: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts in as few whole blocks as hold the longest, checked; padding in front."""
-    tokens_BxT = np.asarray(tokens_BxT)
-    mask_BxT = np.asarray(mask_BxT).astype(bool)
-    if tokens_BxT.ndim != 2 or tokens_BxT.shape != mask_BxT.shape or not len(tokens_BxT):
-        raise ValueError(
-            f"tokens {tokens_BxT.shape} and mask {mask_BxT.shape} must both be [batch, length], "
-            "with a row or more"
-        )
-    if not np.issubdtype(tokens_BxT.dtype, np.integer):
-        raise ValueError(f"tokens: got {tokens_BxT.dtype}, expected integers")
-    length_B = mask_BxT.sum(1)
-    columns_T = np.arange(tokens_BxT.shape[1])[::-1]
-    for row in range(len(tokens_BxT)):
-        if length_B[row] == 0:
-            raise ValueError(f"row {row} of the prompts has no token; begin with a start token")
-        if not (mask_BxT[row] == (columns_T < length_B[row])).all():
-            raise ValueError(f"row {row} of the mask has padding behind a token; left-pad prompts")
-    count = -(-int(length_B.max()) // block_length)
-    width = count * block_length
-    tokens_BxT = np.where(mask_BxT, tokens_BxT, pad_id).astype(np.int32)[:, -width:]
-    missing = ((0, 0), (width - tokens_BxT.shape[1], 0))
-    shape = (len(tokens_BxT), count, block_length)
-    return (
-        np.pad(tokens_BxT, missing, constant_values=pad_id).reshape(shape),
-        np.pad(mask_BxT[:, -width:], missing).reshape(shape),
-    )
 
 
 def _bucket(blocks: int, block_length: int) -> int:

@@ -20,7 +20,7 @@ class TokenCache:
 
 
 class TokenDecoder(nn.Module):
-    """Tokens of a block from its context embedding, by one of three conditionings (PAPER.md).
+    """Tokens of a block from its context embedding, conditioned in one of three ways (section 2).
 
     prefix: the context becomes P embeddings before the tokens; the last of them predicts token 0.
     summation: it becomes K embeddings, added to those of `[BOS, token_0 .. token_K-2]`.

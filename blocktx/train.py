@@ -4,24 +4,21 @@ import functools
 import json
 import os
 import pathlib
-import signal
-import sys
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from tqdm import tqdm
 
-from blocktx.checkpoint import Checkpoints, has_checkpoint, load_params
+from blocktx.checkpoint import Checkpoints, load_params
+from blocktx.checkpoint_folder import has_checkpoint, local_workdir
 from blocktx.config import RunConfig, to_dict
 from blocktx.data.corpus import Corpus, prepare
-from blocktx.data.pipeline import heldout_batches, training_batches
+from blocktx.data.pipeline import training_batches
 from blocktx.data.tokenizer import Tokenizer
-from blocktx.evaluate import evaluate
+from blocktx.evaluate import heldout_evaluation
+from blocktx.interrupt import StopSignals, sigterm_unwinds
 from blocktx.loss import training_counts, training_sums
 from blocktx.metrics import MetricsWriter, Progress, plot_loss
 from blocktx.model import Model, build, count_params, init_params
@@ -95,6 +92,7 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
+@sigterm_unwinds()
 def train(
     config: RunConfig, workdir: str | os.PathLike[str], *, resume: bool = False
 ) -> TrainState:
@@ -106,17 +104,20 @@ def train(
     `config.training.init_from`, with those of another checkpoint; that is read only then.
 
     SIGINT (Ctrl-C) and SIGTERM, if this is the main thread, end training after the step under way
-    and with a checkpoint; a second one takes its usual effect at once.
+    and with a checkpoint; a second one, or one before the first step, stops at once.
 
     Raises:
-      SystemExit: after SIGINT or SIGTERM, with the code 128 + signal.
+      SystemExit: after SIGINT or SIGTERM with steps left to take, with the code 128 + signal.
       FileExistsError: `workdir` holds a run, and `resume` is false.
+      NotADirectoryError, PermissionError: `workdir` cannot be made or written to.
       FileNotFoundError: the data's source or tokenizer is not there, or what `init_from` names.
-      ValueError: the data do not do, the parameters of `init_from` are not those of this model or
-        know another tokenizer, or the run in `workdir` cannot be resumed with this `config`.
+      ValueError: `workdir` is not local, weights are to be bfloat16, the data do not do, the
+        parameters of `init_from` are not those of this model or know another tokenizer, or the run
+        in `workdir` cannot be resumed with this `config` or with other documents.
       FloatingPointError: loss, gradient or parameters are not finite. They are never saved.
     """
-    workdir = pathlib.Path(workdir).expanduser().absolute()
+    workdir = local_workdir(workdir)
+    _require_float32(config)
     if not resume:
         _require_no_run(workdir)
     steps = config.training.steps
@@ -127,107 +128,67 @@ def train(
     if not has_checkpoint(workdir):  # what fails here leaves no run behind
         state = _first_state(config, model, corpus.tokenizer)
 
-    stopped_by = None
-    with _StopSignals() as stop, Checkpoints(workdir, config) as checkpoints:
+    with StopSignals() as stop, Checkpoints(workdir, config) as checkpoints:
         if state is None:
             _require_same_tokenizer(workdir, corpus.tokenizer, config)
             resumed = checkpoints.restore(*_abstract_state(config, model))
             start = resumed.step
             state = TrainState(jnp.int32(start), resumed.params, resumed.opt_state)
-            batches.set_state(resumed.data)
+            _require_same_corpus(workdir, resumed.data, corpus, config)
+            batches.set_state(resumed.data["batches"])
         corpus.tokenizer.save(workdir / "tokenizer.json")
         _write_json(workdir / "config.json", to_dict(config))
         _print_summary(config, corpus)
-        evaluate_heldout = _heldout_evaluation(config, model, corpus)
+        evaluate_heldout = heldout_evaluation(config, model, corpus)
         if start >= steps:
             print(f"the run is at step {start} of {steps} already: nothing is left to train")
             if evaluate_heldout is not None:
                 evaluate_heldout(start, state.params)
             return state
 
+        step = saved = start
+
+        def save() -> int:
+            progress.flush()
+            _require_finite(step, state.params)
+            data = {"batches": batches.get_state(), "corpus": corpus.digest}
+            checkpoints.save(step, state.params, state.opt_state, data)
+            return step
+
         try:
             with (
                 MetricsWriter(workdir, after_step=start) as writer,
                 Progress(writer, config.training, start) as progress,
             ):
-                for step in range(start + 1, steps + 1):
+                while step < steps and not stop.signal:
                     state, metrics = train_step(state, next(batches), config, model)
+                    step += 1
                     progress.add(step, metrics)
-                    stopped_by, last = stop.signal, step == steps
-                    if stopped_by or last or step % config.training.checkpoint_every == 0:
-                        progress.flush()
-                        _require_finite(step, state.params)
-                        checkpoints.save(step, state.params, state.opt_state, batches.get_state())
-                    if stopped_by:
-                        break
-                    if evaluate_heldout is not None and (
-                        last or step % config.training.evaluate_every == 0
-                    ):
+                    last = step == steps
+                    if last or step % config.training.checkpoint_every == 0:
+                        saved = save()
+                    due = last or (not stop.signal and step % config.training.evaluate_every == 0)
+                    if due and evaluate_heldout is not None:
                         progress.flush()
                         writer.write(step, evaluate_heldout(step, state.params))
+                if saved < step:  # a signal has come
+                    save()
         except FloatingPointError as error:
             last_good = checkpoints.latest_step()
             where = "there is none" if last_good is None else f"{checkpoints.directory}/{last_good}"
             raise FloatingPointError(f"{error}; last good checkpoint: {where}") from error
 
-    plot_loss(workdir)
-    if stopped_by:
+    if step > start:
+        plot_loss(workdir)
+    if step < steps:
+        where = f"and saved at step {step} of {steps}" if step else "before the first step"
         print(
-            f"stopped by {stopped_by.name} and saved at step {step} of {steps} in {workdir}; "
+            f"stopped by {stop.signal.name} {where} in {workdir}; "
             "run the same command with --resume to go on",
             flush=True,
         )
-        raise SystemExit(128 + stopped_by)
+        raise SystemExit(128 + stop.signal)
     return state
-
-
-class _StopSignals:
-    """Notes SIGINT or SIGTERM in `signal`. The second one is handled as it was before."""
-
-    def __init__(self):
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "_StopSignals":
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
-
-    def _note(self, number: int, _: object) -> None:
-        self.signal = signal.Signals(number)
-        self.__exit__()
-
-
-def _heldout_evaluation(
-    config: RunConfig, model: Model, corpus: Corpus
-) -> Callable[[int, dict[str, Any]], dict[str, float]] | None:
-    """A function of step and parameters that prints the held-out loss and returns it as scalars.
-
-    None, with a warning, if nothing is held out.
-    """
-    documents = corpus.heldout
-    batches = heldout_batches(documents, config, corpus.tokenizer.pad_id)
-    if next(iter(batches), None) is None:
-        print(
-            "warning: no held-out text to evaluate on "
-            f"(config.data.holdout_every is {config.data.holdout_every})",
-            flush=True,
-        )
-        return None
-
-    def evaluate_heldout(step: int, params: dict[str, Any]) -> dict[str, float]:
-        bytes_per_token = documents.text_bytes / len(documents.tokens)
-        evaluation = evaluate(model, params, batches, bytes_per_token)
-        tqdm.write(f"held-out step={step} {evaluation}")  # to stdout, above the bar
-        sys.stdout.flush()
-        return {f"heldout/{name}": value for name, value in evaluation.scalars().items()}
-
-    return evaluate_heldout
 
 
 def _require_finite(step: int, params: dict[str, Any]) -> None:
@@ -239,6 +200,14 @@ def _require_finite(step: int, params: dict[str, Any]) -> None:
 @jax.jit
 def _all_finite(params: dict[str, Any]) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()
+
+
+def _require_float32(config: RunConfig) -> None:
+    if config.model.param_dtype != "float32":
+        raise ValueError(
+            "config.model.param_dtype: bfloat16 weights are for decoding; training keeps float32 "
+            "weights; use config.model.compute_dtype=bfloat16"
+        )
 
 
 def _require_no_run(workdir: pathlib.Path) -> None:
@@ -280,6 +249,16 @@ def _require_same_tokenizer(workdir: pathlib.Path, now: Tokenizer, config: RunCo
         )
 
 
+def _require_same_corpus(
+    workdir: pathlib.Path, saved: dict[str, Any], now: Corpus, config: RunConfig
+) -> None:
+    if saved.get("corpus") != now.digest:
+        raise ValueError(
+            f"config.data.source: {config.data.source!r} has other documents than when the run in "
+            f"{workdir} was saved; restore them, or choose another workdir"
+        )
+
+
 def _abstract_state(config: RunConfig, model: Model) -> tuple[dict[str, Any], Any]:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     state = jax.eval_shape(functools.partial(create_state, config, model))
@@ -298,11 +277,12 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 def _print_summary(config: RunConfig, corpus: Corpus) -> None:
     total, inner = count_params(config.model)
     train, heldout = corpus.train, corpus.heldout
-    devices = jax.devices()
+    count = len(jax.devices())
+    others = f" (of {count})" if count > 1 else ""
     print(
         f"model    {config.model.kind}, {total:,} parameters, {inner:,} non-embedding\n"
         f"data     {len(train.tokens):,} tokens in {len(train):,} documents, held out "
         f"{len(heldout.tokens):,} in {len(heldout):,}\n"
-        f"devices  {len(devices)} x {devices[0].device_kind}",
+        f"devices  1 x {jax.local_devices()[0].device_kind}{others}",
         flush=True,
     )

@@ -1,4 +1,4 @@
-r"""Every model of the paper (PAPER.md has its tables), on the Pile or on text of your own.
+r"""Every model of the paper (tables 1 and 3), on the Pile or on text of your own.
 
     python launch/train.py --config=configs/paper.py:block_170m --workdir=runs/block_170m \
         --config.data.source=/data/pile
@@ -16,8 +16,8 @@ The loss to expect is that of table 1, as 2.753 for block_170m. Names, for behin
     flops_70m_170m _420m _1b _1b4           block models with the training FLOPs of vanilla_70m
     uptrain_31m _70m _160m _410m _1b        block models from the halves of that vanilla model
 
-All train on 300B tokens, flops_* and uptrain_* on fewer. Where PAPER.md fixes no number, it is that
-of the authors' configuration files (conf/trainer at github.com/itsnamgyu/block-transformer):
+All train on 300B tokens, flops_* and uptrain_* on fewer. Where the paper fixes no number, it is
+that of the authors' configuration files (conf/trainer at github.com/itsnamgyu/block-transformer):
 
 - Warm-up is 3000 steps of batch 256, and 1500 of 512.
 - Steps of flops_*. Uptraining takes a tenth of the steps at the full learning rate, with random

@@ -1,4 +1,4 @@
-r"""Uptraining (PAPER.md, appendix P): a block model from a vanilla one, in a tenth of the steps.
+r"""Uptraining (paper, appendix P): a block model from a vanilla one, in a tenth of the steps.
 
     python launch/train.py --config=configs/uptrain.py:vanilla --workdir=runs/uptrain/vanilla
     python launch/convert.py uptrain --from=runs/uptrain/vanilla --method=partition \

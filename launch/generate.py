@@ -3,17 +3,15 @@
 python launch/generate.py --checkpoint=runs/quickstart --prompt="The state of the Union is"
 """
 
-import sys
-
 import jax
-from absl import app, flags, logging
+from absl import flags
 
 import blocktx
-from blocktx import benchmark
+from blocktx import benchmark, command_line
 from blocktx.model import count_params
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's folder (its newest checkpoint) or one step's.", required=True
+    "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."
 )
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", [""], "Text to continue; may be repeated. Empty: begin a new document."
@@ -51,8 +49,10 @@ def _compare(engine: blocktx.Engine, prompt_tokens: int, new_tokens: int) -> Non
         print(f"{batch_size:>5}  {block:>16.0f}  {vanilla:>16.0f}  {block / vanilla:>5.1f}")
 
 
-def _run() -> None:
+def main() -> None:
     engine = blocktx.load(_CHECKPOINT.value)
+    if _AGAINST.value and engine.config.model.kind != "block":
+        raise ValueError("--against: the checkpoint is of a vanilla model itself")
     texts = engine.generate(
         _PROMPT.value,
         max_new_tokens=_MAX_NEW_TOKENS.value,
@@ -64,23 +64,9 @@ def _run() -> None:
     for prompt, text in zip(_PROMPT.value, texts, strict=True):
         print(f"{prompt}{text}" if len(texts) == 1 else f"--- {prompt}{text}")
     if _AGAINST.value:
-        if engine.config.model.kind != "block":
-            raise ValueError("against: the checkpoint is of a vanilla model itself")
         longest = max(len(engine.tokenizer.encode(prompt)) for prompt in _PROMPT.value)
         _compare(engine, max(longest, 1), _MAX_NEW_TOKENS.value)
 
 
-def main(argv: list[str]) -> None:
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells every step of a load
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    try:
-        _run()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, required=("checkpoint",))

@@ -3,25 +3,18 @@
 python launch/plot.py --run=runs/one --run=runs/other --output=curves.png
 """
 
-import sys
+from absl import flags
 
-from absl import app, flags
-
+from blocktx import command_line
 from blocktx.metrics import plot_runs
 
-_RUNS = flags.DEFINE_multi_string("run", None, "A run's folder; may be repeated.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "The PNG file to write.", required=True)
+_RUNS = flags.DEFINE_multi_string("run", None, "A run's folder; may be repeated.")
+_OUTPUT = flags.DEFINE_string("output", None, "The PNG file to write.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    try:
-        print(plot_runs(_RUNS.value, _OUTPUT.value))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+def main() -> None:
+    print(plot_runs(_RUNS.value, _OUTPUT.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, required=("run", "output"))

@@ -1,6 +1,7 @@
 """Saving, resuming, loading parameters only, and a clear error for everything that can be wrong."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -19,7 +20,8 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 
-from blocktx.checkpoint import FORMAT_VERSION, Checkpoints, abstract_params, find, load_params
+from blocktx.checkpoint import Checkpoints, load_params
+from blocktx.checkpoint_folder import FORMAT_VERSION, abstract_params, find, local_workdir
 from blocktx.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
 from blocktx.optimizer import optimizer
@@ -164,6 +166,23 @@ def test_metadata_of_something_else(workdir):
     edit_metadata(workdir, format_version=None)
     with pytest.raises(ValueError, match="not a checkpoint of blocktx: its metadata lacks"):
         load_params(workdir)
+
+
+@pytest.mark.parametrize("version", ["1", 1.0, True, [1]])
+def test_format_version_of_something_else(workdir, version):
+    edit_metadata(workdir, format_version=version)
+    with pytest.raises(ValueError, match="not a checkpoint of blocktx: its format_version is"):
+        load_params(workdir)
+
+
+def test_package_that_is_not_installed(tmp_path, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    save(tmp_path)
+    metadata = tmp_path / "checkpoints" / "3" / "metadata" / "metadata"
+    assert json.loads(metadata.read_text())["blocktx_version"] == "unknown"
 
 
 @pytest.mark.parametrize("load", [load_params, restore])
@@ -318,24 +337,40 @@ def test_resume_names_every_field_that_must_not_change(workdir):
     config = changed(
         model=dataclasses.replace(MODEL, initializer_range=0.5),
         data=DataConfig(holdout_every=7),
+        training=dataclasses.replace(CONFIG.training, batch_size=4),
         seed=4,
     )
-    with pytest.raises(ValueError, match="may change only training and optimizer") as error:
+    with pytest.raises(ValueError, match="must not change these fields:\n") as error:
         restore(workdir, config)
     assert str(error.value).splitlines()[1:] == [
         "  config.data.holdout_every: checkpoint 20, now 7",
         "  config.model.initializer_range: checkpoint 0.02, now 0.5",
         "  config.seed: checkpoint 0, now 4",
+        "  config.training.batch_size: checkpoint 16, now 4",
     ]
 
 
 def test_resume_may_change_training_optimizer_and_cache(workdir):
     config = changed(
         data=DataConfig(cache_dir="/elsewhere"),
-        training=TrainingConfig(steps=99, batch_size=4),
+        training=TrainingConfig(steps=99, microbatches=4),
         optimizer=OptimizerConfig(learning_rate=0.5, clip_norm=0.0, schedule="cosine"),
     )
     assert restore(workdir, config).step == 3
+
+
+def test_workdir_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/run"):
+        with pytest.raises(NotADirectoryError, match=f"cannot make {tmp_path}/{place}: .*/file is"):
+            local_workdir(tmp_path / place)
+    with pytest.raises(ValueError, match="gs://bucket/run is not a local folder"):
+        local_workdir("gs://bucket/run")
+    assert local_workdir(tmp_path / "new" / "run") == tmp_path / "new" / "run"
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root
+    with pytest.raises(PermissionError, match=f"cannot write to {tmp_path}/run"):
+        local_workdir(tmp_path / "run")
 
 
 def test_resume_names_fields_of_another_kind_of_model(workdir):

@@ -1,7 +1,9 @@
 """A corpus is tokenised whole and split as promised, and its cache is used only when it may be."""
 
 import dataclasses
+import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -111,6 +113,18 @@ def test_tokenizer_is_trained_on_training_documents_only(config, monkeypatch):
     assert seen == [TEXTS[i] for i in (0, 1, 3, 4, 6)]
 
 
+def test_digest_tells_documents_and_their_split_from_others(config):
+    digest = prepare(config, VOCAB).digest
+    again = dataclasses.replace(config, cache_dir=config.cache_dir + "2")
+    assert prepare(again, VOCAB).digest == digest
+    (tokenizer,) = pathlib.Path(config.cache_dir).glob("*/tokenizer.json")
+    fixed = dataclasses.replace(config, tokenizer=str(tokenizer))
+    assert prepare(fixed, VOCAB).digest == digest
+    assert prepare(dataclasses.replace(fixed, holdout_every=2), VOCAB).digest != digest
+    (pathlib.Path(config.source) / "2.txt").write_text(TEXTS[2] + "!")  # held out
+    assert prepare(fixed, VOCAB).digest != digest
+
+
 def test_second_call_reads_the_cache(config, calls):
     first = prepare(config, VOCAB)
     once = dict(calls)
@@ -196,7 +210,7 @@ def test_damaged_cache_is_never_used(config, damage):
     good = prepare(config, VOCAB)
     tokens, names = np.array(good.train.tokens), entries(config)
     files = [path for path in pathlib.Path(config.cache_dir).rglob("*") if path.is_file()]
-    assert len(files) == 9
+    assert len(files) == 10
     for path in files:
         damage(path)
         again = prepare(config, VOCAB)
@@ -227,6 +241,19 @@ def test_interrupted_preparation_leaves_nothing(config, monkeypatch, error):
             prepare(config, VOCAB)
         assert len(entries(config)) == 1  # the tokenizer, which is whole
     assert len(prepare(config, VOCAB).train) == 5
+
+
+@pytest.mark.parametrize(("hours", "left"), [(23, True), (25, False)])
+def test_what_a_killed_preparation_left_is_removed_a_day_later(config, hours, left):
+    folder = pathlib.Path(config.cache_dir) / ".unfinished-old"
+    (folder / "unfinished").mkdir(parents=True)
+    (folder / "unfinished" / "train.tokens").touch()
+    long_ago = time.time() - 1e6
+    os.utime(folder, (long_ago, long_ago))
+    os.utime(folder / "unfinished", (long_ago, long_ago))
+    os.utime(folder / "unfinished" / "train.tokens", (time.time() - hours * 3600,) * 2)
+    prepare(config, VOCAB)
+    assert folder.exists() == left
 
 
 def test_bad_source_leaves_nothing(config):

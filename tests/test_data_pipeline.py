@@ -150,4 +150,13 @@ def test_heldout_does_not_depend_on_the_seed():
 
 
 def test_no_heldout_documents_no_batches():
-    assert list(heldout_batches(EMPTY, make_config(), PAD)) == []
+    assert heldout_batches(EMPTY, make_config(), PAD) is None
+
+
+def test_heldout_batches_are_of_the_size_of_microbatches():
+    config = make_config(batch_size=6)
+    training = dataclasses.replace(config.training, microbatches=3)
+    batches = list(heldout_batches(DOCUMENTS, dataclasses.replace(config, training=training), PAD))
+    assert {batch["tokens"].shape[0] for batch in batches} == {2}
+    whole = rows_of(heldout_batches(DOCUMENTS, config, PAD))
+    assert rows_of(batches) == whole[: len(rows_of(batches))]

@@ -178,3 +178,11 @@ def test_fingerprint_follows_the_files(tmp_path):
     changed = fingerprint(str(tmp_path))
     (tmp_path / "b.txt").write_text("more")
     assert before != changed != fingerprint(str(tmp_path))
+
+
+def test_line_of_many_chunks(tmp_path, monkeypatch):
+    """20,000 of them, with which copying the line for each would take minutes."""
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", 1 << 10)
+    texts = ["short", "long " * (4 << 20), "short"]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(*texts))
+    assert list(read_documents(str(tmp_path / "a.jsonl"), "text")) == texts

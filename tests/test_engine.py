@@ -95,7 +95,7 @@ def test_prompts_must_be_text(engine, prompts):
 
 
 def test_too_long(engine):
-    with pytest.raises(ValueError, match="do not fit the context of 8 blocks"):
+    with pytest.raises(ValueError, match="do not fit the context of 32 tokens"):
         engine.generate("token", max_new_tokens=33)
 
 

@@ -116,3 +116,28 @@ def test_ctrl_c_saves_and_ends_with_130(config_file, tmp_path):
     assert "--resume" in out
     assert "Traceback" not in err
     assert [path.name.isdigit() for path in (tmp_path / "run" / "checkpoints").iterdir()] == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config():\n    StackConfig(2, 32, heads=7)", "heads: 7 does not divide width 32"),
+        (
+            "def get_config():\n    StackConfig(2, 32, layrs=7)",
+            "unexpected keyword argument 'layrs'",
+        ),
+        ("get = 1", "--config: the file has no function get_config()"),
+        ("def get_config():\n    return {'model': {'kind': 'blok'}}", "model.kind: got 'blok'"),
+        (None, "--config: there is no file"),
+    ],
+)
+def test_mistake_in_a_config_file_is_one_line(text, message, tmp_path):
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(f"from blocktx.model_config import StackConfig\n\n{text}\n")
+    done = launch(f"--config={file}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode in (1, 2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()

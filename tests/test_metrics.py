@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -51,6 +52,9 @@ def test_line_that_is_no_metric(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 .*'hello'"):
         read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": "one"}\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 .*one"):
+        read(tmp_path)
 
 
 def test_value_that_is_not_finite_is_null(tmp_path):
@@ -77,6 +81,22 @@ def test_progress_reads_a_step_when_the_next_is_added(tmp_path):
     assert set(lines[0]) == names  # it compiled, which says nothing of speed
     assert set(lines[1]) == names | {"train/tokens_per_second"}
     assert lines[1]["train/tokens_per_second"] > 0
+
+
+def test_step_that_is_flushed_does_not_count_for_speed(tmp_path, monkeypatch):
+    """Each step takes a second, on a device that makes the host wait for it when it is given."""
+    clock = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    training = TrainingConfig(steps=9, log_every=3)
+    with MetricsWriter(tmp_path) as writer, Progress(writer, training, 0) as progress:
+        for step in range(1, 10):
+            clock += 1.0
+            progress.add(step, progress_metrics(tokens=50))
+            if step in (3, 5, 9):
+                progress.flush()
+                clock += 100.0
+    speeds = {line["step"]: line.get("train/tokens_per_second") for line in read(tmp_path)}
+    assert speeds == {1: None, 3: 50.0, 6: None, 9: 50.0}
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

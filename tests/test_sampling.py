@@ -169,11 +169,19 @@ RIGHT_PADDED = np.array([[1] * 9, [1] * 8 + [0]])
     [
         (dict(max_new_tokens=0), "max_new_tokens: got 0, must be 1 or greater"),
         (dict(max_new_tokens=-3), "max_new_tokens: got -3"),
-        (dict(max_new_tokens=117), r"3 and 30 new blocks .* context of 32 .* at most 116 new"),
+        (dict(max_new_tokens=2.5), "max_new_tokens: got 2.5"),
+        (dict(top_k=2.5), "top_k: got 2.5"),
+        (dict(top_k=3_000_000_000), "top_k: got 3000000000"),
+        (dict(temperature="1"), "temperature: got '1'"),
+        (dict(seed=10**30), "seed: got 1"),
+        (
+            dict(max_new_tokens=117),
+            r"row 0 \(9 tokens\) and 117 new .* context of 128 .* at most 116 new",
+        ),
         (dict(max_new_tokens=128), "ask for at most 116 new tokens"),
         (
             dict(tokens=np.ones((1, 128), int), mask=np.ones((1, 128))),
-            "keep the prompt to 116 tokens",
+            "keep prompts to 116 tokens",
         ),
         (dict(tokens=PROMPTS * 1.0), "tokens: got float64, expected integers"),
         (dict(tokens=PROMPTS + 1000 * REAL), "tokens: 10.. is not in 0.."),

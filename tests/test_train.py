@@ -14,6 +14,7 @@ import optax
 import pytest
 from tiny_run import MODEL, STACK, run_config, write_corpus
 
+import blocktx.evaluate as evaluation
 import blocktx.train as module
 from blocktx import metrics
 from blocktx.checkpoint import load_params
@@ -224,6 +225,70 @@ def test_second_signal_ends_at_once(finished, tmp_path, monkeypatch):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def send_in_evaluation(monkeypatch, number):
+    original = evaluation.evaluate
+
+    def evaluated(*args):
+        signal.raise_signal(number)
+        return original(*args)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluated)
+
+
+def test_signal_in_an_evaluation_takes_no_further_step(finished, tmp_path, monkeypatch, capfd):
+    config, _, _ = finished  # checkpoints at 2 and 4
+    training = dataclasses.replace(config.training, evaluate_every=1)
+    send_in_evaluation(monkeypatch, signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        train(dataclasses.replace(config, training=training), tmp_path / "run")
+    assert stopped.value.code == 130
+    out, err = capfd.readouterr()
+    assert "saved at step 1 of 4" in out
+    assert err.endswith("stopping after this step, then saving; again to stop at once\n")
+    assert load_params(tmp_path / "run").step == 1
+
+
+def test_signal_in_the_last_evaluation_ends_a_finished_run(finished, tmp_path, monkeypatch):
+    config, _, wanted = finished
+    send_in_evaluation(monkeypatch, signal.SIGTERM)
+    assert_same(train(config, tmp_path / "run").params, wanted.params)
+    assert "heldout/loss" in metrics.read(tmp_path / "run")[-1]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_signal_before_the_first_step(begun, finished, tmp_path, monkeypatch, capsys):
+    config, workdir, _ = finished
+    if begun:
+        shutil.copytree(workdir, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    summary = module._print_summary
+
+    def print_summary(*args):
+        signal.raise_signal(signal.SIGINT)
+        summary(*args)
+
+    monkeypatch.setattr(module, "_print_summary", print_summary)
+    with pytest.raises(SystemExit) as stopped:
+        train(config, tmp_path / "run", resume=True)
+    assert stopped.value.code == 130
+    where = "and saved at step 2 of 4" if begun else "before the first step"
+    assert f"stopped by SIGINT {where} in {tmp_path}" in capsys.readouterr().out
+
+
+def test_sigterm_while_data_are_prepared_cleans_up(data, tmp_path, monkeypatch):
+    def encode_batch(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", encode_batch)
+    fresh = dataclasses.replace(data, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as stopped:
+        train(run_config(fresh), tmp_path / "run")
+    assert stopped.value.code == 143
+    assert not list((tmp_path / "cache").glob(".unfinished-*"))
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_training_in_another_thread(finished, tmp_path):
     config, _, wanted = finished
     states = []
@@ -310,6 +375,34 @@ def test_resume_with_another_model(finished):
     with pytest.raises(ValueError, match=r"config\.seed: checkpoint 0, now 1"):
         train(changed, workdir, resume=True)
     assert json.loads((workdir / "config.json").read_text())["seed"] == 0
+
+
+def test_resume_when_documents_have_changed(finished, tmp_path):
+    """With the tokenizer that it was, so that nothing else tells."""
+    config, _, _ = finished
+    shutil.copytree(config.data.source, tmp_path / "corpus")
+    train(dataclasses.replace(config), tmp_path / "first")
+    tokenizer = str(tmp_path / "first" / "tokenizer.json")
+    own = dataclasses.replace(config.data, source=str(tmp_path / "corpus"), tokenizer=tokenizer)
+    config = dataclasses.replace(config, data=own)
+    train(config, tmp_path / "run")
+    with (tmp_path / "corpus" / "a.txt").open("a") as file:
+        file.write(" block")
+    with pytest.raises(ValueError, match=r"config\.data\.source: .*other documents than when"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_mistake_is_found_before_data_are_prepared(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("prepares"))
+    config = run_config(data)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=f"cannot make {tmp_path}/file"):
+        train(config, tmp_path / "file")
+    model = dataclasses.replace(MODEL, param_dtype="bfloat16")
+    with pytest.raises(
+        ValueError, match=r"config\.model\.param_dtype: bfloat16 weights are for dec"
+    ):
+        train(dataclasses.replace(config, model=model), tmp_path / "run")
 
 
 def test_resume_when_the_corpus_gives_another_tokenizer(finished, tmp_path):

@@ -3,6 +3,7 @@
 import array
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from blocktx.data import sources
 from blocktx.data.disk_cache import cached_folder
 from blocktx.data.tokenizer import Tokenizer
 
-_FORMAT = 1  # of the cached files; a change makes old ones unknown
+_FORMAT = 2  # of the cached files; a change makes old ones unknown
 _BATCH_CHARACTERS = 1 << 20  # tokenised at a time
 
 
@@ -37,6 +38,7 @@ class Corpus:
     tokenizer: Tokenizer
     train: Documents
     heldout: Documents  # has no documents where holdout_every is 0 or there is only one
+    digest: str  # SHA-256 of all tokens and offsets, in hexadecimal
 
 
 def prepare(config: DataConfig, vocab_size: int) -> Corpus:
@@ -73,7 +75,8 @@ def prepare(config: DataConfig, vocab_size: int) -> Corpus:
         key,
         lambda folder: _write(folder, _split_documents(config, "Tokenising"), tokenizer),
     )
-    return Corpus(tokenizer, _open(folder, "train"), _open(folder, "heldout"))
+    digest = (folder / "digest").read_text()
+    return Corpus(tokenizer, _open(folder, "train"), _open(folder, "heldout"), digest)
 
 
 def _tokenizer(config: DataConfig, vocab_size: int, split: dict[str, Any]) -> Tokenizer:
@@ -122,18 +125,24 @@ def _write(folder: pathlib.Path, pairs: Iterable[tuple[str, bool]], tokenizer: T
     names = ("train", "heldout")
     offsets = [array.array("q", [0]) for _ in names]
     text_bytes = [0 for _ in names]
+    digests = [hashlib.sha256() for _ in names]  # as they are written: of all, however many
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((folder / f"{name}.tokens").open("wb")) for name in names]
         for batch in _batches(pairs):
             ids = tokenizer.encode_batch([text for text, _ in batch])
             for (text, heldout), document in zip(batch, ids, strict=True):
-                files[heldout].write(np.array([*document, tokenizer.end_id], dtype).tobytes())
+                tokens = np.array([*document, tokenizer.end_id], dtype).tobytes()
+                files[heldout].write(tokens)
+                digests[heldout].update(tokens)
                 offsets[heldout].append(offsets[heldout][-1] + len(document) + 1)
                 text_bytes[heldout] += len(text.encode())
     for i, name in enumerate(names):
         np.save(folder / f"{name}.offsets.npy", np.array(offsets[i], np.int64))
         description = {"dtype": np.dtype(dtype).name, "text_bytes": text_bytes[i]}
         (folder / f"{name}.json").write_text(json.dumps(description))
+        digests[i].update(offsets[i].tobytes())
+    whole = hashlib.sha256(b"".join(digest.digest() for digest in digests))
+    (folder / "digest").write_text(whole.hexdigest())
 
 
 def _open(folder: pathlib.Path, name: str) -> Documents:

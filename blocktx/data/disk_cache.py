@@ -7,10 +7,13 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
 _MANIFEST = "manifest.json"
+_UNFINISHED = ".unfinished-"
+_ABANDONED_AFTER = 24 * 3600  # seconds without a write
 
 
 def cached_folder(
@@ -18,8 +21,9 @@ def cached_folder(
 ) -> pathlib.Path:
     """The folder that `build(folder)` filled with files, now or in an earlier call with this key.
 
-    A failing or interrupted `build` leaves nothing behind. A folder whose files have been touched
-    since is thrown away and built again. Processes that build the same folder at once each do the
+    A failing or interrupted `build` leaves nothing behind; what one that was killed has left is
+    removed by the first build a day later. A folder whose files have been touched since is thrown
+    away and built again. Processes that build the same folder at once each do the
     work, and all get the result of the first to finish.
 
     Args:
@@ -40,12 +44,13 @@ def cached_folder(
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root)
+        temporary = tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=root)
     except OSError as error:
         raise ValueError(
             f"config.data.cache_dir: cannot write to {cache_dir!r} ({error.strerror}); "
             "use a folder that you may write to"
         ) from error
+    _remove_abandoned(root)
     with temporary:
         if folder.exists():  # broken
             aside = pathlib.Path(temporary.name, "broken")
@@ -62,6 +67,14 @@ def cached_folder(
             if not _is_whole(folder):  # else another process was faster
                 raise
     return folder
+
+
+def _remove_abandoned(root: pathlib.Path) -> None:
+    for folder in root.glob(f"{_UNFINISHED}*"):
+        with contextlib.suppress(OSError):  # it is finished, or removed, at this moment
+            newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+            if time.time() - newest > _ABANDONED_AFTER:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stat(path: pathlib.Path) -> list[int]:

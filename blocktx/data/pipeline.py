@@ -19,8 +19,10 @@ def training_batches(
     """Endless global batches `{"tokens": int32 [B, N, K], "mask": bool [B, N, K]}`.
 
     The batch of step s depends on `config.seed` and s alone. Each epoch has each context once, in
-    an order of its own. `get_state()` is plain JSON; after `set_state()` with it the iterator
-    continues as the one that it came from would have.
+    an order of its own. Documents are packed into contexts once, so that every epoch has the same
+    padding and leaves out the same blocks, those too few for a last context. `get_state()` is
+    plain JSON; after `set_state()` with it the iterator continues as the one that it came from
+    would have.
 
     Raises:
       ValueError: the documents do not fill one context.
@@ -43,12 +45,13 @@ def training_batches(
 
 def heldout_batches(
     documents: Documents, config: RunConfig, pad_id: int
-) -> grain.IterDataset[dict[str, np.ndarray]]:
-    """All contexts once, in order, in batches shaped as in training; can be iterated again.
+) -> grain.IterDataset[dict[str, np.ndarray]] | None:
+    """All contexts once, in order; can be iterated again. None if there is no context.
+
+    A batch has as many rows as a microbatch in training, whose memory is known to suffice.
 
     Consecutive contexts share a block, so that each block but the very first of all is predicted
-    once. The last batch is filled up with contexts of padding (mask false). Without documents
-    there are no batches.
+    once. The last batch is filled up with contexts of padding (mask false).
     """
     contexts = PackedBlocks(
         documents,
@@ -59,7 +62,9 @@ def heldout_batches(
         seed=None,
         overlap=1,
     )
-    size = config.training.batch_size
+    if len(contexts) == 0:
+        return None
+    size = config.training.batch_size // config.training.microbatches
 
     def full_batch(elements: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         shape = (size, config.model.blocks, config.model.block_length)

@@ -162,12 +162,14 @@ def _decode(data: bytes, where: str, offset: int) -> str:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
+    parts = []  # of a line that may go on in the next chunk
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line + b"\n"
-    yield rest
+        first, *others = chunk.split(b"\n")
+        parts.append(first)
+        for following in others:
+            yield b"".join([*parts, b"\n"])
+            parts = [following]
+    yield b"".join(parts)
 
 
 def _json_documents(path: epath.Path, text_field: str) -> Iterator[str]:

@@ -1,0 +1,186 @@
+"""The folder of a checkpoint: finding it, reading it, and checking that it is what is asked for."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from blocktx.config import RunConfig, from_config_dict, to_dict
+from blocktx.model import build, init_params
+from blocktx.model_config import ModelConfig
+
+FORMAT_VERSION = 1
+
+
+def local_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """The absolute path of a run's folder that is there or can be made; makes nothing.
+
+    Raises:
+      ValueError: if it is not local.
+      NotADirectoryError, PermissionError: if it cannot be made or written to.
+    """
+    if "://" in os.fspath(workdir):
+        raise ValueError(f"workdir: {workdir} is not a local folder; training writes only to those")
+    path = pathlib.Path(workdir).expanduser().absolute()
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        raise NotADirectoryError(f"workdir: cannot make {path}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"workdir: cannot write to {path}: no permission for {existing}")
+    return path
+
+
+def abstract_params(config: ModelConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """The parameters of a model as ShapeDtypeStructs that all have one sharding."""
+    model = build(config)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def has_checkpoint(workdir: epath.PathLike) -> bool:
+    """Whether there is a finished checkpoint of the run in `workdir`."""
+    try:
+        find(epath.Path(workdir) / "checkpoints")
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def find(path: epath.PathLike) -> epath.Path:
+    """The folder of one finished checkpoint: `path` itself, or the newest one in it.
+
+    Raises:
+      FileNotFoundError: if there is no such folder or no finished checkpoint in it.
+    """
+    path = epath.Path(path).expanduser().absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such folder")
+    if (path / "_CHECKPOINT_METADATA").exists():  # orbax marks each checkpoint with this file
+        if not ocp.path.step.is_path_finalized(path):
+            raise FileNotFoundError(f"{path}: a save that was never finished; choose another step")
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = list(ocp.path.step.standard_name_format().find_all(root))
+    if not steps:
+        raise FileNotFoundError(
+            f"{path}: no finished checkpoint; give a run's folder, its checkpoints folder or the "
+            "folder of one step"
+        )
+    return max(steps, key=lambda found: found.step).path
+
+
+def read_metadata(folder: epath.Path) -> tuple[int, RunConfig]:
+    """The step and the configuration of the run that a checkpoint is of.
+
+    Raises:
+      ValueError: if the checkpoint is not one of blocktx, of a newer format, or damaged.
+    """
+    missing = [item for item in ("params", "metadata") if not (folder / item).is_dir()]
+    if missing:
+        found = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+        raise ValueError(
+            f"{folder}: not a checkpoint of blocktx: no {' and no '.join(missing)} in it, only "
+            f"{found or 'files'}"
+        )
+    metadata = read(folder, metadata=ocp.args.JsonRestore()).metadata
+    fields = ("format_version", "step", "config")
+    if not isinstance(metadata, dict) or any(field not in metadata for field in fields):
+        raise ValueError(
+            f"{folder}: not a checkpoint of blocktx: its metadata lacks {', '.join(fields)}"
+        )
+    if type(metadata["format_version"]) is not int:
+        raise ValueError(
+            f"{folder}: not a checkpoint of blocktx: its format_version is "
+            f"{metadata['format_version']!r}"
+        )
+    if metadata["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}: format_version is {metadata['format_version']}, and this blocktx reads up "
+            f"to {FORMAT_VERSION}; install blocktx {metadata.get('blocktx_version')} or newer"
+        )
+    try:
+        return metadata["step"], from_config_dict(metadata["config"])
+    except ValueError as error:
+        raise ValueError(f"{folder}: metadata: {error}") from error
+
+
+def read(folder: epath.Path, **items: Any) -> Any:
+    """The items of a checkpoint, each read as its Orbax arguments say, as attributes.
+
+    Raises:
+      ValueError: if one of them cannot be read.
+    """
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder, args=ocp.args.Composite(**items))
+    except Exception as error:  # damage surfaces as whatever the layer that meets it raises
+        raise ValueError(
+            f"{folder}: cannot read {', '.join(items)}, a file may be damaged or missing: {error}"
+        ) from error
+
+
+def check_names_and_shapes(folder: epath.Path, params: dict[str, Any]) -> None:
+    """Raises a ValueError that lists all parameters that differ from `params` in name or shape."""
+    try:
+        stored = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "params").tree)
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: cannot read params, a file may be damaged or missing: {error}"
+        ) from error
+    wanted = _shapes(params)
+    problems = [
+        f"  {name}: checkpoint {stored.get(name, 'lacks it')}, "
+        f"configuration {wanted.get(name, 'lacks it')}"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if problems:
+        raise ValueError(
+            "\n".join([f"{folder}: parameters do not fit the configuration:", *problems])
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def check_same_run(folder: epath.Path, saved: RunConfig, config: RunConfig) -> None:
+    """Raises a ValueError that lists all fields in which a run must not differ from its resumption.
+
+    Those are `model`, `data`, `seed` and `training.batch_size`; but the cache may lie elsewhere.
+    """
+    old, new = _fixed_fields(saved), _fixed_fields(config)
+    problems = [
+        f"  {name}: checkpoint {old.get(name, 'lacks it')!r}, now {new.get(name, 'lacks it')!r}"
+        for name in sorted(old.keys() | new.keys())
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+    if problems:
+        raise ValueError(
+            "\n".join([f"{folder}: a resumed run must not change these fields:", *problems])
+        )
+
+
+def _fixed_fields(config: RunConfig) -> dict[str, Any]:
+    """Full names and values of these fields."""
+    fields = {}
+
+    def walk(name: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{name}.{key}", value)
+        else:
+            fields[name] = node
+
+    whole = to_dict(config)
+    for section in ("model", "data", "seed"):
+        walk(f"config.{section}", whole[section])
+    del fields["config.data.cache_dir"]  # where the cache lies does not change the data
+    fields["config.training.batch_size"] = config.training.batch_size  # the data's state counts it
+    return fields

@@ -1,0 +1,71 @@
+"""What the scripts in `launch/` share: flags, and a mistake as one line instead of a traceback."""
+
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+_EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+def run(main: Callable[[], None], required: tuple[str, ...]) -> None:
+    """Parses flags, the `required` ones among them, and runs `main`.
+
+    A mistake in the flags ends the program with code 2, an error of `main` that a user can do
+    something about with code 1 (its traceback is shown with --verbosity=debug), Ctrl-C with 130.
+    """
+
+    def checked(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save
+        if len(argv) > 1:
+            fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+        for name in required:
+            if flags.FLAGS[name].value is None:
+                fail(f"--{name} is missing; see --help")
+        try:
+            main()
+        except _EXPECTED_ERRORS as error:
+            logging.debug("%s", traceback.format_exc())
+            fail(str(error), code=1)
+        except KeyboardInterrupt:
+            fail("interrupted", code=130)
+
+    app.run(checked, flags_parser=_parse)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    for arg in argv:
+        name, _, value = arg.partition("=")
+        path = value.partition(":")[0]
+        if name == "--config" and not pathlib.Path(path).is_file():
+            fail(f"--config: there is no file {path!r}")
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:  # an override of a field that there is not
+        fail(_unknown_field(argv, str(error)))
+    except (flags.Error, OSError, ValueError, TypeError) as error:
+        lines = str(error).rstrip().splitlines()
+        # config_flags puts a whole traceback into the message when a config file raises.
+        fail(f"{lines[0].rstrip(':')}: {lines[-1]}" if "Traceback" in str(error) else str(error))
+
+
+def _unknown_field(argv: list[str], problem: str) -> str:
+    if "get_config" in problem:
+        return "--config: the file has no function get_config()"
+    # All that config_flags says is "'stepz'" and perhaps "Did you mean "steps" ...".
+    name, close = re.search(r"\w+", problem), re.search(r'Did you mean "(\w+)"', problem)
+    for arg in argv:
+        if name and name[0] in arg.partition("=")[0].split("."):
+            hint = f"; did you mean {close[1]}?" if close else ""
+            return f"{arg}: the configuration has no field {name[0]}{hint}"
+    return problem
