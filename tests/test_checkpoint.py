@@ -200,7 +200,7 @@ def test_configuration_that_this_version_does_not_know(workdir):
 
 def test_every_parameter_that_does_not_fit_is_named(tmp_path):
     params = new_params()
-    params["token_decoder"]["prefix"]["kernel"] = jnp.zeros((5, 5))
+    params["token_decoder"]["expansion"]["kernel"] = jnp.zeros((5, 5))
     del params["embedder"]
     params["surplus"] = {"bias": jnp.zeros(2)}
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
@@ -211,7 +211,7 @@ def test_every_parameter_that_does_not_fit_is_named(tmp_path):
     assert lines == [
         "  embedder/tokens/embedding: checkpoint lacks it, configuration (64, 8)",
         "  surplus/bias: checkpoint (2,), configuration lacks it",
-        "  token_decoder/prefix/kernel: checkpoint (5, 5), configuration (32, 2, 32)",
+        "  token_decoder/expansion/kernel: checkpoint (5, 5), configuration (32, 2, 32)",
     ]
     with pytest.raises(ValueError, match="surplus/bias"):
         restore(tmp_path)
