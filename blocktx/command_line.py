@@ -1,5 +1,7 @@
 """What the scripts in `launch/` share: flags, and a mistake as one line instead of a traceback."""
 
+import importlib.machinery
+import importlib.util
 import pathlib
 import re
 import sys
@@ -9,6 +11,9 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from blocktx.config import RunConfig, from_config_dict
+
+_NO_FUNCTION = "the file has no function get_config()"
 _EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
@@ -43,12 +48,41 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def read_config(spec: str) -> RunConfig:
+    """The run that `FILE.py` or `FILE.py:NAME` describes, for scripts without absl's flags.
+
+    Raises:
+      ValueError: whatever is wrong with the file; the message begins with --config.
+    """
+    path, _, name = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise ValueError(_no_file(path))
+    loader = importlib.machinery.SourceFileLoader("config", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config", loader))
+    try:
+        loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError(_NO_FUNCTION)
+        return from_config_dict(module.get_config(name) if name else module.get_config())
+    except Exception as error:  # a file of the user's can raise anything
+        raise ValueError(_config_problem(error)) from error
+
+
+def _no_file(path: str) -> str:
+    return f"--config: there is no file {path!r}"
+
+
+def _config_problem(error: Exception) -> str:
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"--config: {kind}{error}"
+
+
 def _parse(argv: list[str]) -> list[str]:
     for arg in argv:
         name, _, value = arg.partition("=")
         path = value.partition(":")[0]
         if name == "--config" and not pathlib.Path(path).is_file():
-            fail(f"--config: there is no file {path!r}")
+            fail(_no_file(path))
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:  # an override of a field that there is not
@@ -57,11 +91,13 @@ def _parse(argv: list[str]) -> list[str]:
         lines = str(error).rstrip().splitlines()
         # config_flags puts a whole traceback into the message when a config file raises.
         fail(f"{lines[0].rstrip(':')}: {lines[-1]}" if "Traceback" in str(error) else str(error))
+    except Exception as error:  # a config file that is not Python, or fails when it is run
+        fail(_config_problem(error))
 
 
 def _unknown_field(argv: list[str], problem: str) -> str:
     if "get_config" in problem:
-        return "--config: the file has no function get_config()"
+        return f"--config: {_NO_FUNCTION}"
     # All that config_flags says is "'stepz'" and perhaps "Did you mean "steps" ...".
     name, close = re.search(r"\w+", problem), re.search(r'Did you mean "(\w+)"', problem)
     for arg in argv:

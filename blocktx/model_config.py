@@ -224,6 +224,11 @@ class BlockConfig(_ModelConfig):
         return self.block_decoder.width * self.embeddings_per_block
 
     @property
+    def pad_id(self) -> int:
+        """The token that fills blocks where nobody says otherwise: the one the encoder knows."""
+        return self.embedder.encoder.pad_id if self.embedder.kind in ("encoder", "cls") else 0
+
+    @property
     def encoded_tokens(self) -> int:
         """Tokens that the embedder's encoder sees of a block."""
         return self.block_length + (self.embedder.cls_tokens if self.embedder.kind == "cls" else 0)
@@ -236,7 +241,9 @@ class VanillaConfig(_ModelConfig):
     kind: Literal["vanilla"] = "vanilla"
     decoder: StackConfig
 
-    block_length = 1  # a class constant: to data and decoding, a token is a block of one
+    # Class constants: to data and decoding, a token is a block of one.
+    block_length = 1
+    pad_id = 0
 
     def __post_init__(self):
         super().__post_init__()

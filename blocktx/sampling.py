@@ -95,7 +95,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     end_id: int | None = None,
-    pad_id: int = 0,
+    pad_id: int | None = None,
 ) -> np.ndarray:
     """Continue a batch of prompts.
 
@@ -113,7 +113,7 @@ def generate(
       temperature, top_k, top_p, seed: see `Sampling`.
       end_id: a row ends with this token; None: none does.
       pad_id: the token that fills a prompt's first block, where the embedder sees it, and a row
-        behind its end.
+        behind its end; None: the model's, which is 0 unless its embedder has an encoder.
 
     Returns:
       int32 `[B, max_new_tokens]`.
@@ -123,6 +123,7 @@ def generate(
         and budget exceed the context.
     """
     config = model.config
+    pad_id = config.pad_id if pad_id is None else pad_id
     tokens_BxNxK, mask_BxNxK = in_blocks(tokens_BxT, mask_BxT, config, pad_id)
     new_blocks = blocks_that_fit(mask_BxNxK, config, max_new_tokens)
     rows, prompt_blocks = tokens_BxNxK.shape[:2]

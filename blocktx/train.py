@@ -234,6 +234,12 @@ def _first_state(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Train
                 f"config.data gives (tokenizer {config.data.tokenizer!r}); pass "
                 f"--config.data.tokenizer={beside}"
             )
+    elif config.data.tokenizer == "train":
+        raise ValueError(
+            f"config.training.init_from: there is no {beside}, and a newly trained tokenizer "
+            "cannot be the one that the parameters know; pass that one, as "
+            "--config.data.tokenizer=..."
+        )
     opt_state = jax.jit(optimizer(config).init)(checkpoint.params)
     return TrainState(jnp.int32(0), checkpoint.params, opt_state)
 

@@ -16,14 +16,15 @@ Turn a vanilla model into a block model, and make the blocks of one longer, to t
 
 import argparse
 import dataclasses
-import importlib.util
 import pathlib
+import re
 import sys
 from typing import NoReturn, get_args
 
 import blocktx.convert
 from blocktx import checkpoint
-from blocktx.config import DataConfig, RunConfig, from_config_dict
+from blocktx.command_line import read_config
+from blocktx.config import DataConfig, RunConfig
 from blocktx.convert.tensors import DTYPES, check_new, open_checkpoint
 from blocktx.convert.uptrain import Method, lengthen, uptrain
 from blocktx.data.tokenizer import Tokenizer
@@ -33,24 +34,22 @@ from blocktx.model import Model, build, count_params
 def _import(args: argparse.Namespace) -> None:
     """For official and neox: their checkpoint -> a run folder of ours."""
     check_new(args.output)
-    given = _read_config(args.config) if args.config else None
+    given = read_config(args.config) if args.config else None
+    data = given.data if given else DataConfig()
+    tokenizer = args.tokenizer or _tokenizer_beside(args.checkpoint)
+    known = tokenizer and _read_tokenizer(tokenizer, data, asked_for=bool(args.tokenizer))
     load = (
         blocktx.convert.load_official if args.command == "official" else blocktx.convert.load_neox
     )
     model, params = load(args.checkpoint, given and given.model)
-    data = given.data if given else DataConfig()
-    tokenizer = args.tokenizer or _tokenizer_beside(args.checkpoint)
-    if tokenizer is not None:
-        _check_tokenizer(tokenizer, data, model)
+    if not (known and _fits(known, tokenizer, model, asked_for=bool(args.tokenizer))):
+        tokenizer = None
     checkpoint.save_params(
         args.output, RunConfig(model=model.config, data=data), params, tokenizer=tokenizer
     )
     _report(model, args.output)
-    if tokenizer is not None:
-        print(f"python launch/generate.py --checkpoint={args.output} --prompt='...'")
-    else:
-        print("launch/generate.py needs a --tokenizer, too; without, there is")
-        print(f"python -c 'from blocktx.checkpoint import *; load_params(\"{args.output}\")'")
+    tokens = "" if tokenizer else " --tokenizer=tokenizer.json"
+    print(f"python launch/generate.py --checkpoint={args.output}{tokens} --prompt='...'")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -72,45 +71,59 @@ def _export(args: argparse.Namespace) -> None:
 def _uptrain(args: argparse.Namespace) -> None:
     """Of uptrain and lengthen: a run or checkpoint of ours -> one for another run to begin with."""
     check_new(args.output)
+    _check_ours(args.source, "neox" if args.command == "uptrain" else "official")
     run = checkpoint.load_params(args.source)
-    if args.command == "uptrain":
-        model, params = uptrain(
-            run.config.model,
-            run.params,
-            method=args.method,
-            block_length=args.block_length,
-            block_layers=args.block_layers,
-            prefix_length=args.prefix_length,
-        )
-    else:
-        model, params = lengthen(run.config.model, run.params, args.factor)
+    try:
+        if args.command == "uptrain":
+            model, params = uptrain(
+                run.config.model,
+                run.params,
+                method=args.method,
+                block_length=args.block_length,
+                block_layers=args.block_layers,
+                prefix_length=args.prefix_length,
+            )
+        else:
+            model, params = lengthen(run.config.model, run.params, args.factor)
+    except ValueError as error:
+        raise ValueError(_with_flags(str(error))) from error
+    tokenizer = _tokenizer_of(run)
     checkpoint.save_params(
-        args.output,
-        dataclasses.replace(run.config, model=model),
-        params,
-        tokenizer=_tokenizer_of(run),
+        args.output, dataclasses.replace(run.config, model=model), params, tokenizer=tokenizer
     )
     _report(build(model), args.output)
+    more = ""
+    if tokenizer is None:
+        print(
+            f"no tokenizer.json in {args.source}; TOKENIZER has to be the one it was trained with"
+        )
+        more = " --config.data.tokenizer=TOKENIZER"
     print(
         f"python launch/train.py --config=configs/uptrain.py:{args.output} "
-        f"--workdir={args.output.rstrip('/')}-trained"
+        f"--workdir={args.output.rstrip('/')}-trained{more}"
     )
+
+
+def _with_flags(message: str) -> str:
+    """A message of uptrain or lengthen, with flags for the names of their arguments."""
+    message = re.sub(r"^(method|factor):", r"--\1:", message, flags=re.MULTILINE)
+    return re.sub(r"\b(block|prefix)_(length|layers)\b", r"--\1-\2", message)
+
+
+def _check_ours(source: str, command: str) -> None:
+    path = pathlib.Path(source).expanduser()
+    if path.is_file() or (
+        path.is_dir() and any(path.glob("*.safetensors*")) and not (path / "checkpoints").exists()
+    ):
+        raise ValueError(
+            f"--from: {source} is not a run of blocktx; bring it here first: "
+            f"python launch/convert.py {command} --checkpoint={source} --output=..."
+        )
 
 
 def _tokenizer_of(run: checkpoint.Checkpoint) -> pathlib.Path | None:
     beside = pathlib.Path(run.path).parent.parent / "tokenizer.json"
     return beside if beside.exists() else None
-
-
-def _read_config(spec: str) -> RunConfig:
-    """The run that `FILE.py` or `FILE.py:NAME` describes."""
-    path, _, name = spec.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"--config: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return from_config_dict(module.get_config(name) if name else module.get_config())
 
 
 def _tokenizer_beside(path: str) -> pathlib.Path | None:
@@ -119,14 +132,33 @@ def _tokenizer_beside(path: str) -> pathlib.Path | None:
     return beside if beside.exists() else None
 
 
-def _check_tokenizer(path: str | pathlib.Path, data: DataConfig, model: Model) -> None:
-    tokens = Tokenizer.load(path, data.end_token, data.pad_token).vocab_size
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"--tokenizer: {path} is not a tokenizer.json file")
-    if tokens > model.config.vocab_size:
-        raise ValueError(
-            f"{path}: has {tokens} tokens, more than the {model.config.vocab_size} of the model"
-        )
+def _read_tokenizer(
+    path: str | pathlib.Path, data: DataConfig, *, asked_for: bool
+) -> Tokenizer | None:
+    """What is in the file; None, and a line printed, if it is unusable and nobody asked for it."""
+    try:
+        if not pathlib.Path(path).expanduser().is_file():
+            raise ValueError(f"{path} is not a tokenizer.json file")
+        return Tokenizer.load(path, data.end_token, data.pad_token)
+    except (ValueError, OSError) as error:
+        problem = str(error).removeprefix("config.data.tokenizer: ")
+        return _refuse_or_skip(path, problem, asked_for)
+
+
+def _fits(tokenizer: Tokenizer, path: str | pathlib.Path, model: Model, *, asked_for: bool) -> bool:
+    tokens, rows = tokenizer.vocab_size, model.config.vocab_size
+    if tokens <= rows:
+        return True
+    _refuse_or_skip(
+        path, f"{path} has {tokens} tokens, more than the {rows} of the model", asked_for
+    )
+    return False
+
+
+def _refuse_or_skip(path: str | pathlib.Path, problem: str, asked_for: bool) -> None:
+    if asked_for:
+        raise ValueError(f"--tokenizer: {problem}")
+    print(f"left out {path}: {problem.removeprefix(str(path)).lstrip()}")
 
 
 def _report(model: Model, output: str) -> None:
@@ -150,12 +182,14 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     theirs = {
-        "official": ("the authors' Block Transformer -> a run of ours", "or .safetensors file"),
-        "neox": ("GPT-NeoX or Pythia -> a vanilla run of ours", ".safetensors file or hub name"),
+        "official": "the authors' Block Transformer -> a run of ours",
+        "neox": "GPT-NeoX or Pythia -> a vanilla run of ours",
     }
-    for name, (summary, kinds) in theirs.items():
+    for name, summary in theirs.items():
         command = add(name, _import, summary)
-        command.add_argument("--checkpoint", required=True, help=f"folder {kinds}")
+        command.add_argument(
+            "--checkpoint", required=True, help="folder, .safetensors file or hub name"
+        )
         command.add_argument(
             "--config", help="configs/FILE.py:NAME, for what the files do not tell"
         )
@@ -181,11 +215,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args([_with_dashes(arg) for arg in given])
     try:
         args.run(args)
     except (ValueError, OSError) as error:
         _fail(str(error))
+
+
+def _with_dashes(arg: str) -> str:
+    """--block_length=4, as the other scripts spell their flags, as --block-length=4."""
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
 
 
 def _fail(message: str) -> NoReturn:

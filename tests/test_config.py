@@ -180,7 +180,7 @@ def test_unknown_kind_of_model(value):
 @pytest.mark.parametrize(
     ("field", "value", "advice"),
     [
-        ("seed", -1, "must be 0 or greater"),
+        ("seed", -1, "must be in 0..2^63-1"),
         ("model.vocab_size", 0, "must be greater than 0"),
         ("model.context_length", 0, "must be greater than 0"),
         ("model.context_length", 66, "use 64 or 68"),

@@ -60,9 +60,16 @@ def test_a_run_with_tokenizer_generates(convert, capsys, tmp_path):
     shutil.copytree(golden.path("lookup_prefix2"), source)
     words = Tokenizer.train(["a b"], 97, "<|endoftext|>", "<|padding|>")
     words.save(source / "tokenizer.json")  # 258 tokens: the bytes and two special ones
-    message = error(convert, capsys, "official", f"--checkpoint={source}", f"--output={tmp_path}/a")
-    assert "258 tokens, more than the 97 of the model" in message
+    unfit = source / "tokenizer.json"
+    command = ("official", f"--checkpoint={source}")
+    message = error(convert, capsys, *command, f"--output={tmp_path}/a", f"--tokenizer={unfit}")
+    assert f"--tokenizer: {unfit} has 258 tokens, more than the 97 of the model" in message
     assert not (tmp_path / "a").exists()
+    convert(*command, f"--output={tmp_path}/a")  # one that merely lies beside
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"left out {unfit}: has 258 tokens, more than the 97 of the model"
+    assert f" --checkpoint={tmp_path}/a --tokenizer=tokenizer.json " in last
+    assert not (tmp_path / "a" / "tokenizer.json").exists()
 
     model, params = load_official(source)
     folder = tmp_path / "run"
@@ -72,6 +79,40 @@ def test_a_run_with_tokenizer_generates(convert, capsys, tmp_path):
     engine = blocktx.load(folder)
     assert engine.tokenizer.end_id == words.end_id
     assert engine.config.model.kind == "block"
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_tokenizer_is_checked_first(convert, capsys, tmp_path, content):
+    source, tokenizer = tmp_path / "source", tmp_path / "tokenizer.json"
+    source.mkdir()
+    (source / "model.safetensors").write_text("not read yet")
+    if content is not None:
+        tokenizer.write_text(content)
+    command = ("neox", f"--checkpoint={source}", f"--output={tmp_path}/run")
+    message = error(convert, capsys, *command, f"--tokenizer={tokenizer}")
+    assert f"--tokenizer: {tokenizer} is not a tokenizer.json" in message
+
+
+def test_unusable_tokenizer_beside_is_left_out(convert, capsys, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(golden.path("lookup_prefix1"), source)
+    (source / "tokenizer.json").write_text("{}")
+    convert("official", f"--checkpoint={source}", f"--output={tmp_path}/run")
+    start = f"left out {source}/tokenizer.json: is not a tokenizer.json: "
+    assert capsys.readouterr().out.startswith(start)
+
+
+@pytest.mark.parametrize("name", ["folder", "folder/model.safetensors"])
+@pytest.mark.parametrize(("command", "first"), [("uptrain", "neox"), ("lengthen", "official")])
+def test_files_of_other_code_come_here_first(convert, capsys, tmp_path, name, command, first):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.safetensors").touch()
+    how = ["--method=skip"] if command == "uptrain" else []
+    source = tmp_path / name
+    message = error(convert, capsys, command, f"--from={source}", f"--output={tmp_path}/run", *how)
+    assert (
+        f"bring it here first: python launch/convert.py {first} --checkpoint={source} " in message
+    )
 
 
 def test_save_params_is_new_and_whole(tmp_path):
@@ -100,7 +141,9 @@ def test_config_of_a_file(convert, capsys, tmp_path):
     )
     command = ("official", f"--checkpoint={tmp_path}/block.safetensors", f"--output={tmp_path}/run")
     assert "token_decoder.heads: cannot be told" in error(convert, capsys, *command)
-    assert "--config: there is no file no.py" in error(convert, capsys, *command, "--config=no.py")
+    assert "--config: there is no file 'no.py'" in error(
+        convert, capsys, *command, "--config=no.py"
+    )
     message = error(convert, capsys, *command, f"--config={tmp_path}/small.py:5")
     assert "heads: 5 does not divide width 64" in message
     assert not (tmp_path / "run").exists()
@@ -108,8 +151,27 @@ def test_config_of_a_file(convert, capsys, tmp_path):
     assert checkpoint.load_params(tmp_path / "run").config.model.context_length == 64
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"x = 1\n", "the file has no function get_config()"),
+        (b"def get_config(:\n", "SyntaxError: invalid syntax"),
+        (b"words, words\n", "NameError: name 'words' is not defined"),
+        (b"\x00\xff\n", "SyntaxError: source code "),
+        (b"def get_config():\n    return {'modell': 1}\n", "config.modell: unknown field"),
+    ],
+)
+def test_config_that_is_none(convert, capsys, tmp_path, content, message):
+    file = tmp_path / "config.txt"
+    file.write_bytes(content)
+    command = ("neox", f"--checkpoint={tmp_path}", f"--output={tmp_path}/run", f"--config={file}")
+    assert error(convert, capsys, *command).startswith(f"error: --config: {message}")
+
+
 def test_help(convert, capsys):
     for command in ([], ["official"], ["to-neox"]):
         with pytest.raises(SystemExit, match="0"):
             convert(*command, "--help")
-    assert "--dtype" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--dtype" in printed
+    assert "folder, .safetensors file or hub name" in printed

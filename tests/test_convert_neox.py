@@ -118,6 +118,47 @@ def test_shards_that_are_missing_or_lack_a_tensor(folder):
     assert "not an index of shards" in refusal(folder)
 
 
+def test_shards_and_index_have_to_agree(folder):
+    index = shard(folder)
+    first, second = sorted(index)[:2]
+    file = folder / index[first]
+    tensors = load_file(file)
+    extra = {name: np.zeros(3, np.float32) for name in ("more", second)}
+    save_file(tensors | extra, file)
+    lines = refusal(folder).splitlines()[1:]
+    assert sorted(lines) == [
+        f"  extra tensor {second} in {file.name}: the index has it in {index[second]}",
+        f"  extra tensor more in {file.name}: the index does not have it",
+    ]
+    save_file(tensors, file)
+    for wrong in (3, "../x", ""):
+        changed = index | {second: wrong}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changed}))
+        problem = f"{second}: got {wrong!r}, must be the name of a file beside it"
+        assert f"  model.safetensors.index.json: {problem}" in refusal(folder)
+
+
+def test_with_a_bad_shard_the_rest_is_checked(folder):
+    index = shard(folder)
+    names = sorted(index)
+    (folder / index[names[1]]).write_bytes(b"short")
+    file = folder / index[names[0]]
+    tensors = load_file(file)
+    lost = "gpt_neox.layers.0.attention.dense.weight"
+    lost = lost if index[lost] == file.name else "gpt_neox.layers.0.attention.dense.bias"
+    tensors[lost] = tensors[lost][:3]
+    gone = next(name for name in tensors if name.startswith("gpt_neox.layers.1."))
+    del tensors[gone]
+    save_file(tensors, file)
+    edit_json(folder, hidden_act="relu")
+    lines = refusal(folder).splitlines()[1:]
+    assert len(lines) == 4
+    assert lines[0].startswith(f"  {index[names[1]]}: not a whole safetensors file")
+    assert lines[1] == f"  missing tensor {gone}: the index has it in {file.name}"
+    assert lines[2].startswith("  config.json: hidden_act: got 'relu'")
+    assert lines[3].startswith(f"  {lost}: shape (3")
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -182,6 +223,82 @@ def test_everything_that_is_wrong_with_tensors_is_listed(folder):
         "  extra tensor lm_head.weight (97, 32)",
     ]
     save_file({"something": np.zeros(3, np.float32)}, file)
-    assert "extra tensor something (3,)" in refusal(folder)
-    edit_json(folder, num_attention_heads=5)
-    assert "5 does not divide width 32" in refusal(folder)
+    assert refusal(folder).splitlines()[1:] == ["  not a GPT-NeoX model (tensors something)"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "line"), [(5, "decoder.heads: 5 does not divide width 32"), ("absent", HEADS)]
+)
+def test_tensors_are_checked_without_heads(folder, heads, line):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["gpt_neox.final_layer_norm.bias"]
+    tensors["embed_out.weight"] = np.zeros((97, 31), np.float32)
+    tensors["more"] = np.zeros(3, np.float32)
+    save_file(tensors, file)
+    edit_json(folder, num_attention_heads=heads)
+    first, *lines = refusal(folder).splitlines()[1:]
+    assert line in first
+    assert lines == [
+        "  embed_out.weight: shape (97, 31), expected (97, 32)",
+        "  missing tensor gpt_neox.final_layer_norm.bias (32,)",
+        "  extra tensor more (3,)",
+    ]
+
+
+def test_names_are_checked_where_sizes_cannot_be_told(folder):
+    file = folder / "model.safetensors"
+    tensors = {name: a for name, a in load_file(file).items() if "embed" not in name}
+    save_file(tensors | {"more": np.zeros(3, np.float32)}, file)
+    edit_json(folder, vocab_size="absent")
+    message = refusal(folder)
+    assert message.splitlines()[2:] == [
+        "  missing tensor embed_out.weight",
+        "  missing tensor gpt_neox.embed_in.weight",
+        "  extra tensor more",
+    ]
+    assert "  vocab_size: cannot be told" in message
+
+
+def test_layers_that_are_missing_are_a_line_each(folder):
+    edit_json(folder, num_hidden_layers=5)
+    lines = refusal(folder).splitlines()[1:]
+    layers = load_neox(golden.path("vanilla_wide_ffn"))[0].config.decoder.layers
+    assert lines == [
+        f"  decoder.layers: tensors {layers}, config.json 5",
+        *(f"  missing layer gpt_neox.layers.{i}, all 12 tensors of it" for i in range(layers, 5)),
+    ]
+    edit_json(folder, num_hidden_layers=10**12)
+    lines = refusal(folder).splitlines()[1:]
+    assert lines == [f"  decoder.layers: tensors {layers}, config.json {10**12}"]
+
+
+def test_values_of_wrong_types_are_listed(folder):
+    edit_json(
+        folder,
+        rope_parameters=[1],
+        rotary_pct="x",
+        max_position_embeddings="big",
+        initializer_range=[],
+    )
+    assert refusal(folder).splitlines()[1:] == [
+        "  config.json: rope_parameters: got [1], must be an object",
+        "  config.json: rotary_pct: got 'x', must be a number",
+        "  config.json: max_position_embeddings: got 'big', must be an integer",
+        "  config.json: initializer_range: got [], must be a number",
+    ]
+
+
+def test_initializer_range_is_remembered(folder):
+    edit_json(folder, initializer_range=0.5)
+    model, params = load_neox(folder)
+    assert model.config.initializer_range == 0.5
+    assert to_neox(model, params)[1]["initializer_range"] == 0.5
+
+
+def test_a_config_json_of_a_block_transformer(folder):
+    shutil.copy(golden.path("cls_sum") / "config.json", folder / "config.json")
+    for path in (folder, folder / "model.safetensors"):
+        message = refusal(path)
+        assert HEADS in message
+        assert "config.json: not used: it is one of a Block Transformer" in message

@@ -32,13 +32,13 @@ def sums_of(net, logits, tokens, mask):
     return loss.position_sums(known, {}, jnp.asarray(tokens), jnp.asarray(mask))
 
 
-def generate(net, params, prompt, mask, length, pad_id=0, **kwargs):
+def generate(net, params, prompt, mask, length, **kwargs):
     """What follows greedily, up to `length`."""
     again = [0] * (ROWS - len(prompt))
     prompt, mask = np.concatenate([prompt, prompt[again]]), np.concatenate([mask, mask[again]])
     new = length - prompt.shape[1]
     generated = sampling.generate(
-        net, params, prompt, mask, max_new_tokens=new, temperature=0, pad_id=pad_id, **kwargs
+        net, params, prompt, mask, max_new_tokens=new, temperature=0, **kwargs
     )
     return np.asarray(generated)[: ROWS - len(again)]
 
@@ -80,14 +80,11 @@ def test_block_forward(block_case):
 def test_block_greedy(block_case):
     net, params, expected = block_case
     net, params = sampling.separate_layers(net, params)
-    # What the authors fill whole blocks with; a prompt's own padding is 0 everywhere.
-    embedder = net.config.embedder
-    pad_id = embedder.encoder.pad_id if embedder.kind in ("encoder", "cls") else 0
     for case in ("genA", "genB", "genC", "genD"):
         prompt, mask = expected[f"{case}_input_ids"], expected[f"{case}_attention_mask"]
         full = expected[f"{case}_generated_consistent_full"]
         assert (full[:, : prompt.shape[1]] == prompt).all()
-        generated = generate(net, params, prompt, mask, full.shape[1], pad_id=pad_id)
+        generated = generate(net, params, prompt, mask, full.shape[1])
         np.testing.assert_array_equal(generated, full[:, prompt.shape[1] :], err_msg=case)
 
 
@@ -102,7 +99,7 @@ def test_block_greedy_to_the_end_of_sequence(block_case):
     for ours_T, theirs_T in zip(generated, theirs[:, prompt.shape[1] :], strict=True):
         if end in theirs_T.tolist():
             length = theirs_T.tolist().index(end) + 1
-            assert (ours_T[length:] == 0).all()  # pad_id
+            assert (ours_T[length:] == net.config.pad_id).all()
         else:
             length = theirs_T.size
         np.testing.assert_array_equal(ours_T[:length], theirs_T[:length])
@@ -124,7 +121,7 @@ def test_uptrained(case):
     # Greedy text is what the forward pass finds likeliest; that spares compiling `generate`.
     prompt, full = expected["genA_input_ids"], expected["genA_generated_consistent"]
     tokens = np.pad(full, ((0, 0), (0, tokens[0].size - full.shape[1])))
-    mask = np.arange(tokens.shape[1]) < full.shape[1] + 0 * tokens
+    mask = np.broadcast_to(np.arange(tokens.shape[1]) < full.shape[1], tokens.shape)
     blocks = (len(tokens), -1, net.config.block_length)
     logits = apply(net, "__call__", params, tokens.reshape(blocks), mask.reshape(blocks))
     likeliest = logits.argmax(-1).reshape(len(tokens), -1)  # from the second block on

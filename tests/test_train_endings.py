@@ -65,8 +65,13 @@ def test_signal_saves_and_resuming_is_exact(number, at, finished, tmp_path, monk
 def test_second_signal_ends_at_once(finished, tmp_path, monkeypatch):
     config, _, _ = finished
     send_at_step(monkeypatch, 1, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "run")
+    # A shell starts what it puts in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 

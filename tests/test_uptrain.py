@@ -105,7 +105,14 @@ def test_what_is_not_of_a_block_model_is_taken_over():
         (4, dict(method="partition", block_layers=4), "block_layers: got 4 of 4 .* use 1 to 3"),
         (4, dict(method="skip", block_layers=2), "block_layers: is for partition only, got 2"),
         (4, dict(method="skip", block_length=0), "block_length: got 0, must be greater than 0"),
-        (4, dict(method="skip", block_length=3), "context_length: 16 .*block_length 3.* use 15 or"),
+        (3, dict(method="skip"), "method: skip cannot .* 3 layers .* block_layers 1 to 2$"),
+        (1, dict(method="skip"), "method: skip cannot .* 1 layers .* or duplicate$"),
+        (
+            4,
+            dict(method="skip", block_length=3),
+            "^block_length: 3 does not divide context_length 16 .* use one of 1, 2, 4, 8$",
+        ),
+        (4, dict(method="skip", block_length=16), "^block_length: 16 does not .* 1, 2, 4, 8$"),
         (4, dict(method="skip", prefix_length=0), "prefix_length: got 0, must be greater than 0"),
     ],
 )
@@ -113,6 +120,14 @@ def test_uptraining_that_cannot_be(layers, arguments, message):
     vanilla = dataclasses.replace(VANILLA, decoder=StackConfig(layers=layers, width=16, heads=2))
     with pytest.raises(ValueError, match=message):
         uptrain(vanilla, {}, **(dict(block_length=4) | arguments))
+
+
+def test_all_that_hinders_uptraining_is_listed():
+    vanilla = dataclasses.replace(VANILLA, decoder=StackConfig(layers=3, width=16, heads=2))
+    with pytest.raises(ValueError, match="into halves") as error:
+        uptrain(vanilla, {}, method="partition", block_length=0, prefix_length=0)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["method", "block_length", "prefix_length"]
 
 
 # Longer blocks.
@@ -156,8 +171,8 @@ def test_lengthening_what_is_uptrained_is_uptraining_with_longer_blocks(factors)
     ("changes", "factor", "message"),
     [
         ({}, 0, "factor: got 0"),
-        ({}, 3, "context_length: 16 .* block_length 12"),
-        ({}, 8, "context_length: 16 .* block_length 32"),
+        ({}, 3, "^factor: 3 makes blocks of 12, .* context_length 16 .* use one of 1, 2$"),
+        ({}, 8, "^factor: 8 makes blocks of 32, .* context_length 16 .* use one of 1, 2$"),
         (dict(conditioning="summation"), 2, "conditioning: summation .* takes models with a pref"),
         (dict(embedder=MODEL.embedder), 2, "embedder.kind: lookup .* a projection embedder"),
     ],
@@ -251,6 +266,27 @@ def test_tokenizer_must_be_the_one_that_the_parameters_know(first_run, data, tmp
     )
 
 
+def test_new_tokenizer_cannot_be_the_one_that_the_parameters_know(
+    first_run, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    save_params("without", run_config(data), first_run[1].params)
+    config = run_config(data, init_from="without", steps=1)
+    with pytest.raises(ValueError, match=r"no .*without/tokenizer.json, .*data.tokenizer=\.\.\.$"):
+        train(config, "run")
+    assert not pathlib.Path("run").exists()
+    given = dataclasses.replace(data, tokenizer=str(first_run[0] / "tokenizer.json"))
+    train(dataclasses.replace(config, data=given), "run")
+
+    save_params("vanilla", dataclasses.replace(config, model=VANILLA), vanilla_params())
+    capsys.readouterr()
+    convert = load_file(ROOT / "launch" / "convert.py").main
+    convert(["uptrain", "--from=vanilla", "--method=skip", "--block-length=2", "--output=start"])
+    *_, reason, command = capsys.readouterr().out.splitlines()
+    assert reason.startswith("no tokenizer.json in vanilla; TOKENIZER has to be")
+    assert command.endswith(" --config.data.tokenizer=TOKENIZER")
+
+
 # The study.
 
 
@@ -295,7 +331,11 @@ def test_commands(first_run, data, get_config, tmp_path, monkeypatch, capsys):
     for mistake, message in [
         ("uptrain --from=vanilla --method=skip --output=start", "start: exists already"),
         ("uptrain --from=start --method=skip --output=new", "a block model is what uptrain mak"),
-        ("uptrain --from=vanilla --method=skip --block-length=5 --output=new", "block_length 5"),
+        (
+            "uptrain --from=vanilla --method=skip --block_length=5 --block_layers=1 --output=new",
+            "error: --block-layers: is for partition only, got 1\n--block-length: 5 does not",
+        ),
+        ("lengthen --from=start --factor=3 --output=new", "error: --factor: 3 makes blocks of 6"),
         ("uptrain --from=nowhere --method=skip --output=new", "nowhere: there is no such folder"),
         ("lengthen --from=vanilla --output=new", "a vanilla model has no blocks to lengthen"),
     ]:

@@ -46,6 +46,8 @@ VARIANTS = {
     "projection3-prefix4": variant("projection", 3, 3, NARROW, WIDE, "prefix", 4, width=8),
     "encoder2-summation": variant("encoder", 2, 5, WIDE, NARROW, "summation"),
     "cls3-cross": variant("cls", 3, 2, NARROW, WIDE, "cross_attention"),
+    "lookup1-summation-of-16": variant("lookup", 1, 16, NARROW, NARROW, "summation"),
+    "lookup2-prefix2-of-1": variant("lookup", 2, 1, NARROW, NARROW, "prefix"),
 }
 MORE = {  # one at a time they add little, and take as long
     "lookup1-cross": variant("lookup", 1, 16, WIDE, DEEP, "cross_attention"),

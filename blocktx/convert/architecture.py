@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from blocktx.model_config import StackConfig
+from blocktx.model_config import EncoderConfig, FieldError, StackConfig
 
 Facts = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,12 +39,13 @@ _SIZES = {
     "heads": "num_attention_heads",
     "mlp_width": "intermediate_size",
 }
+_MOST_LAYERS = 1000  # more are a mistake
 
 
 def merge(sources: Mapping[str, Facts]) -> tuple[Facts, list[str]]:
     """All facts together, and every field that sources disagree on, for which the first counts.
 
-    But of numbers of layers the largest counts, so that missing layers can be named.
+    But of numbers of layers the largest credible one counts, so that missing layers can be named.
     """
     facts, problems = {}, []
     for field in dict.fromkeys(field for source in sources.values() for field in source):
@@ -53,7 +54,12 @@ def merge(sources: Mapping[str, Facts]) -> tuple[Facts, list[str]]:
         if any(value != values[0] for value in values):
             told = ", ".join(f"{name} {value!r}" for name, value in said.items())
             problems.append(f"{field}: {told}")
-        facts[field] = max(values) if field.endswith("layers") else values[0]
+        if field.endswith("layers"):
+            values = sorted((value for value in values if value <= _MOST_LAYERS), reverse=True)
+            if not values:
+                problems.append(f"{field}: got {said}, more than {_MOST_LAYERS}")
+                continue
+        facts[field] = values[0]
     return facts, problems
 
 
@@ -71,14 +77,40 @@ def missing(facts: Facts, fields: Iterable[str]) -> list[str]:
     """One problem for each of `fields` that no source knows."""
     return [
         f"{field}: cannot be told from the tensors; give a config.json or a configuration"
+        + " that has them" * field.endswith("heads")
         for field in fields
         if field not in facts
     ]
 
 
-def stack_config(facts: Facts) -> StackConfig:
-    width, hidden = facts["width"], facts.get("mlp_width")
-    return StackConfig(**{**facts, "mlp_width": None if hidden == 4 * width else hidden})
+def build_stack(
+    kind: type[StackConfig] | type[EncoderConfig], facts: Facts, prefix: str, problems: list[str]
+) -> StackConfig | EncoderConfig | None:
+    """The stack whose facts are below `prefix`; what is impossible is added to `problems`.
+
+    Something else stands in for unknown heads and for what is impossible, so that tensors can be
+    checked: their shapes do not depend on it. None if they do.
+    """
+    stand_ins = {"heads": 1, "pad_id": 1, "cls_id": 0, "positions": None}
+    stand_ins |= {"rotary_fraction": 0.0, "rotary_base": 1.0} if kind is StackConfig else {}
+    values = section(facts, prefix)
+    if not {"layers", "width"} <= values.keys():
+        return None
+    if values.get("mlp_width") == 4 * values["width"]:
+        del values["mlp_width"]
+    if "heads" not in values:
+        values |= {"heads": 1, "rotary_fraction": 0.0} if kind is StackConfig else {"heads": 1}
+    while True:
+        try:
+            return kind(**values)
+        except FieldError as error:
+            problems.append(f"{prefix}.{error}")
+            field = error.field
+            if field not in stand_ins or values.get(field) == stand_ins[field]:
+                return None
+            values[field] = stand_ins[field]
+            if field == "heads" and 0 <= values.get("rotary_fraction", -1) <= 1:
+                values["rotary_fraction"] = 0.0
 
 
 def stack_from_config(stack: StackConfig) -> Facts:
@@ -87,7 +119,7 @@ def stack_from_config(stack: StackConfig) -> Facts:
 
 def stack_from_shapes(shapes: Shapes, prefix: str) -> Facts:
     """Layers, width and MLP width of the GPT-NeoX stack whose names begin with `prefix`."""
-    layer = re.escape(prefix) + r"\.layers\.(\d+)\."
+    layer = re.escape(prefix) + r"\.layers\.(\d{1,9})\."
     return {
         **count_layers(shapes, layer),
         **vote("width", shapes, layer + r"(input|post_attention)_layernorm\.(weight|bias)"),
@@ -97,7 +129,7 @@ def stack_from_shapes(shapes: Shapes, prefix: str) -> Facts:
 
 def encoder_from_shapes(shapes: Shapes, prefix: str) -> Facts:
     """The same of a RoBERTa encoder, and the rows of its table of positions."""
-    layer = re.escape(prefix) + r"\.encoder\.layer\.(\d+)\."
+    layer = re.escape(prefix) + r"\.encoder\.layer\.(\d{1,9})\."
     embeddings = re.escape(prefix) + r"\.embeddings\."
     return {
         **count_layers(shapes, layer),
@@ -108,7 +140,11 @@ def encoder_from_shapes(shapes: Shapes, prefix: str) -> Facts:
 
 
 def count_layers(shapes: Shapes, pattern: str) -> Facts:
-    found = [int(match[1]) for match in map(re.compile(pattern).match, shapes) if match]
+    """As far as layers are there with half of their tensors, not just a stray one."""
+    matches = map(re.compile(pattern).match, shapes)
+    sizes = collections.Counter(int(match[1]) for match in matches if match)
+    most = max(sizes.values(), default=0)
+    found = [i for i, size in sizes.items() if 2 * size >= most and i < _MOST_LAYERS]
     return {"layers": max(found) + 1} if found else {}
 
 
@@ -126,13 +162,23 @@ def stack_from_json(config: Mapping[str, Any]) -> tuple[Facts, list[str]]:
     """Facts in a GPT-NeoX configuration of transformers, old or new, and what is unsupported."""
     facts, problems = integers(config, _SIZES)
     problems += _unsupported(config, NEOX)
-    rope = config.get("rope_parameters") or {}
+    rope = {} if config.get("rope_parameters") is None else config["rope_parameters"]
+    if not isinstance(rope, Mapping):
+        problems.append(f"rope_parameters: got {rope!r}, must be an object")
+        rope = {}
     if rope.get("rope_type", "default") != "default":
         problems.append(f"rope_parameters.rope_type: got {rope['rope_type']!r}, must be default")
-    fraction = _first(config, rope, "rotary_pct", "partial_rotary_factor")
-    base = _first(config, rope, "rotary_emb_base", "rope_theta")
-    facts["rotary_fraction"] = float(0.25 if fraction is None else fraction)
-    facts["rotary_base"] = float(10_000 if base is None else base)
+    everything = {**config, **{f"rope_parameters.{name}": rope[name] for name in rope}}
+    for field, default, names in (
+        ("rotary_fraction", 0.25, ("rotary_pct", "partial_rotary_factor")),
+        ("rotary_base", 10_000.0, ("rotary_emb_base", "rope_theta")),
+    ):
+        names = [prefix + name for prefix in ("rope_parameters.", "") for name in names]
+        said, wrong = numbers(everything, {name: name for name in names})
+        if len(set(said.values())) > 1:
+            wrong.append(", ".join(f"{name} {value}" for name, value in said.items()) + ": differ")
+        problems += wrong
+        facts[field] = next(iter(said.values()), default)
     return facts, problems
 
 
@@ -155,9 +201,12 @@ def integers(config: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Facts
     return said, problems
 
 
-def _first(config: Mapping[str, Any], rope: Mapping[str, Any], *names: str) -> Any:
-    values = [source.get(name) for source in (rope, config) for name in names]
-    return next((value for value in values if value is not None), None)
+def numbers(config: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Facts, list[str]]:
+    """The same of finite numbers, as floats."""
+    said = {ours: config[its] for ours, its in names.items() if config.get(its) is not None}
+    wrong = [o for o, v in said.items() if type(v) not in (int, float) or not abs(v) < 1e300]
+    problems = [f"{names[ours]}: got {said.pop(ours)!r}, must be a number" for ours in wrong]
+    return {ours: float(value) for ours, value in said.items()}, problems
 
 
 def _unsupported(config: Mapping[str, Any], supported: Mapping[str, Any]) -> list[str]:

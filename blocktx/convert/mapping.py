@@ -6,14 +6,15 @@ Shapes on our side are those of layers kept apart (`scan_layers` False).
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from blocktx.convert.tensors import DTYPES, TensorInfo
-from blocktx.model_config import EncoderConfig, StackConfig
+from blocktx.model import build, init_params
+from blocktx.model_config import EncoderConfig, ModelConfig, StackConfig
 from blocktx.stack import stack_layers, unstack_layers
 
 # Buffers that some versions of transformers save. They are computed, not trained.
@@ -21,6 +22,7 @@ _BUFFERS = re.compile(
     r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq"
     r"|embeddings\.(position_ids|token_type_ids))"
 )
+_LAYER = re.compile(r".*\blayers?[._]\d+[./]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,15 +135,42 @@ def check_tensors(
     entries: Iterable[Entry],
     found: Mapping[str, TensorInfo],
     optional: Mapping[str, tuple[int, ...]] | None = None,
+    lost: Collection[str] = (),
 ) -> list[str]:
-    """Everything that keeps `found` from being the tensors of `entries` and any of `optional`."""
-    expected = {name: entry.shape for entry in entries for name in entry.theirs}
+    """Everything that keeps `found` from being the tensors of `entries` and any of `optional`.
+
+    Of those that are `lost`, it is known already that they are missing.
+    """
+    expected = {name: e.shape for e in entries for name in e.theirs if name not in lost}
     shapes = {name: info.shape for name, info in found.items() if not _BUFFERS.fullmatch(name)}
     problems = _differences("tensor", expected, shapes, optional or {})
     for name in sorted(expected.keys() & found.keys()):
         if found[name].dtype not in DTYPES:
             problems.append(f"{name}: dtype {found[name].dtype}, must be {', '.join(DTYPES)}")
     return problems
+
+
+def check_names(
+    entries: Iterable[Entry],
+    found: Mapping[str, TensorInfo],
+    optional: Collection[str] = (),
+    lost: Collection[str] = (),
+) -> list[str]:
+    """The same where the shapes of `entries` mean nothing, because sizes cannot be told."""
+    entries = [dataclasses.replace(entry, shape=()) for entry in entries]
+    infos = {name: dataclasses.replace(info, shape=()) for name, info in found.items()}
+    problems = check_tensors(entries, infos, dict.fromkeys(optional, ()), lost)
+    return [problem.removesuffix(" ()") for problem in problems]
+
+
+def check_ours(entries: Iterable[Entry], config: ModelConfig) -> None:
+    """Asserts that `entries` are the parameters of the model (else this table is wrong)."""
+    model = build(dataclasses.replace(config, scan_layers=False))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = {path: leaf.shape for path, leaf in _by_path(params).items()}
+    problems = _differences("parameter", shapes, {e.ours: e.our_shape for e in entries}, {})
+    if problems:
+        raise AssertionError("\n".join(["a bug in blocktx.convert:", *problems]))
 
 
 def to_params(
@@ -165,18 +194,27 @@ def to_tensors(
     if dtype not in DTYPES.values():
         return {}, [f"dtype: got {dtype!r}; use one of {', '.join(DTYPES.values())}"]
     whole = jax.tree.map(np.asarray, dict(params))
-    leaves = jax.tree_util.tree_leaves_with_path(unstack_layers(whole) if stacked else whole)
-    arrays = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+    arrays = _by_path(unstack_layers(whole) if stacked else whole)
     expected = {entry.ours: entry.our_shape for entry in entries}
     shapes = {name: array.shape for name, array in arrays.items()}
     problems = _differences("parameter", expected, shapes, {})
     if problems:
         return {}, problems
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for entry in entries:
         for name, array in zip(entry.theirs, entry.to_theirs(arrays[entry.ours]), strict=True):
-            tensors[name] = np.ascontiguousarray(array.astype(dtype))
-    return tensors, []
+            with np.errstate(over="ignore"):
+                tensors[name] = np.ascontiguousarray(array.astype(dtype))
+            lost = np.isfinite(array) & ~np.isfinite(tensors[name])
+            if lost.any():
+                largest = float(np.abs(array[lost]).max())
+                problems.append(f"{name}: up to {largest:.4g}, too large for {dtype}")
+    return tensors, problems
+
+
+def _by_path(params: Mapping[str, Any]) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
 def _differences(
@@ -187,8 +225,21 @@ def _differences(
 ) -> list[str]:
     problems = []
     allowed = {**optional, **expected}
+    layers: dict[str, list[str]] = {}  # of which nothing is there
+    for name in expected:
+        if match := _LAYER.match(name):
+            layers.setdefault(match[0], []).append(name)
+    for name in found:
+        if match := _LAYER.match(name):
+            layers.pop(match[0], None)
+    absent = {name: layer for layer, names in layers.items() for name in names}
     for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
+        if name in absent:
+            names = layers.pop(absent[name], [])
+            if names:
+                layer = absent[name].rstrip("./")
+                problems.append(f"missing layer {layer}, all {len(names)} {what}s of it")
+        elif name not in found:
             problems.append(f"missing {what} {name} {expected[name]}")
         elif name not in allowed:
             problems.append(f"extra {what} {name} {found[name]}")

@@ -7,9 +7,9 @@ import numpy as np
 
 from blocktx.convert import architecture, mapping
 from blocktx.convert.architecture import Facts
-from blocktx.convert.tensors import Checkpoint, open_checkpoint, raise_all
+from blocktx.convert.tensors import Checkpoint, check_foreign, open_checkpoint, raise_all
 from blocktx.model import Model, build
-from blocktx.model_config import VanillaConfig
+from blocktx.model_config import StackConfig, VanillaConfig
 from blocktx.vanilla import Vanilla
 
 
@@ -33,17 +33,28 @@ def load_neox(
       FileNotFoundError: there is no such checkpoint.
       ValueError: it is not a whole GPT-NeoX checkpoint; all that is wrong is listed.
     """
-    checkpoint = open_checkpoint(path)
     if config is not None and config.kind != "vanilla":
         raise ValueError("config: a GPT-NeoX model needs the configuration of a vanilla model")
-    if "block_decoder.gpt_neox.final_layer_norm.weight" in checkpoint.tensors:
+    checkpoint = open_checkpoint(path)
+    names, lost, problems = checkpoint.tensors, checkpoint.lost, list(checkpoint.problems)
+    if "block_decoder.gpt_neox.final_layer_norm.weight" in checkpoint.shapes:
         raise_all(path, ["a Block Transformer of the authors, not a vanilla model (use official)"])
-    config, problems = _configure(checkpoint, config)
+    foreign = check_foreign("a GPT-NeoX model", ("gpt_neox.", "embed_out."), checkpoint.shapes)
+    if foreign:
+        raise_all(path, problems + foreign)
+    config, wrong = _configure(checkpoint, config)
+    problems += wrong
     if config is not None:
-        problems += mapping.check_tensors(_table(config), checkpoint.tensors)
+        table = _table(config)
+        problems += mapping.check_tensors(table, names, lost=lost)
+    else:
+        layers = architecture.stack_from_shapes(checkpoint.shapes, "gpt_neox").get("layers", 1)
+        table = _table(_any_sizes(layers))
+        problems += mapping.check_names(table, names, lost=lost)
     raise_all(path, problems)
+    mapping.check_ours(table, config)
     params = mapping.to_params(
-        _table(config), checkpoint.read, stacked=config.scan_layers, dtype=config.param_dtype
+        table, checkpoint.read, stacked=config.scan_layers, dtype=config.param_dtype
     )
     return build(config), params
 
@@ -83,6 +94,11 @@ def _table(config: VanillaConfig) -> list[mapping.Entry]:
     ]
 
 
+def _any_sizes(layers: int) -> VanillaConfig:
+    stack = StackConfig(layers=layers, width=8, heads=1)
+    return VanillaConfig(vocab_size=1, context_length=2, decoder=stack)
+
+
 def _configure(
     checkpoint: Checkpoint, config: VanillaConfig | None
 ) -> tuple[VanillaConfig | None, list[str]]:
@@ -94,15 +110,22 @@ def _configure(
             **architecture.prefixed("decoder", stack),
         }
     }
-    problems, limit = [], 2048
-    if checkpoint.config is not None:
-        json = checkpoint.config.get("config", checkpoint.config)
-        stack, problems = architecture.stack_from_json(json)
-        names = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings"}
-        more, wrong = architecture.integers(json, names)
-        problems = [f"config.json: {problem}" for problem in problems + wrong]
-        limit = more.pop("context_length", limit)
-        sources["config.json"] = more | architecture.prefixed("decoder", stack)
+    problems, rest = [], {"context_length": 2048}
+    json = checkpoint.config
+    is_foreign = json is not None and "block_decoder" in json
+    if json is not None and not is_foreign:
+        json = json.get("config", json)
+        if not isinstance(json, dict):
+            problems.append(f"config: got {json!r}, must be an object")
+            json = {}
+        stack, wrong = architecture.stack_from_json(json)
+        vocab, no_vocab = architecture.integers(json, {"vocab_size": "vocab_size"})
+        limit, no_limit = architecture.integers(json, {"context_length": "max_position_embeddings"})
+        scale, no_scale = architecture.numbers(json, {"initializer_range": "initializer_range"})
+        problems += wrong + no_vocab + no_limit + no_scale
+        problems = [f"config.json: {problem}" for problem in problems]
+        rest |= limit | scale
+        sources["config.json"] = vocab | architecture.prefixed("decoder", stack)
     if config is not None:
         stack = architecture.stack_from_config(config.decoder)
         sources["configuration"] = {
@@ -113,13 +136,19 @@ def _configure(
     fields = ("vocab_size", *(f"decoder.{field}" for field in ("layers", "width", "heads")))
     unknown = architecture.missing(facts, fields)
     problems += disagreements + unknown
-    if unknown:
+    if is_foreign and (problems or checkpoint.path.is_dir()):
+        problems.append("config.json: not used: it is one of a Block Transformer")
+    stack = architecture.build_stack(StackConfig, facts, "decoder", problems)
+    if stack is None or "vocab_size" not in facts:
         return None, problems
     if config is not None and not problems:
         return config, problems
     try:
-        stack = architecture.stack_config(architecture.section(facts, "decoder"))
-        vocab = facts["vocab_size"]
-        return VanillaConfig(vocab_size=vocab, context_length=limit, decoder=stack), problems
+        return VanillaConfig(vocab_size=facts["vocab_size"], decoder=stack, **rest), problems
     except ValueError as error:
-        return None, [*problems, str(error)]
+        problems.append(f"config.json: {error}")
+    try:  # so that tensors can be checked
+        vocab = facts["vocab_size"]
+        return VanillaConfig(vocab_size=vocab, context_length=2, decoder=stack), problems
+    except ValueError:
+        return None, problems

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from blocktx.convert import mapping, official_config, official_json
-from blocktx.convert.tensors import open_checkpoint, raise_all
+from blocktx.convert import architecture, mapping, official_config, official_json
+from blocktx.convert.architecture import Shapes
+from blocktx.convert.tensors import check_foreign, open_checkpoint, raise_all
 from blocktx.model import BlockTransformer, Model, build
-from blocktx.model_config import BlockConfig
+from blocktx.model_config import BlockConfig, EmbedderConfig, EncoderConfig, StackConfig
 
 # In their checkpoints and unused: the block decoder is fed with embeddings of blocks.
 _UNUSED = "block_decoder.gpt_neox.embed_in.weight"
@@ -20,8 +21,7 @@ def load_official(
     """A Block Transformer of the authors.
 
     Sizes come from the tensors, the rest from config.json and `config`, which have to agree with
-    them and with each other. With neither, heads follow the authors' rule from a width of 128 on,
-    and a model whose tensors leave open what it is, is refused.
+    them and with each other. Tensors do not tell heads.
 
     Args:
       path: a folder, a .safetensors file, or a hub name (see `open_checkpoint`).
@@ -37,19 +37,32 @@ def load_official(
     if config is not None and config.kind != "block":
         raise ValueError("config: a Block Transformer needs the configuration of a block model")
     checkpoint = open_checkpoint(path)
-    names = checkpoint.tensors
-    if any(name.startswith("token_decoder.decoder.") for name in names):
+    names, shapes, lost = checkpoint.tensors, checkpoint.shapes, checkpoint.lost
+    problems = list(checkpoint.problems)
+    if any(name.startswith("token_decoder.decoder.") for name in shapes):
         t5 = "the token decoder is T5's, with cross-attention, which has no counterpart here"
         raise_all(path, [t5])
-    if "embed_out.weight" in names and "gpt_neox.final_layer_norm.weight" in names:
+    if "embed_out.weight" in shapes and "gpt_neox.final_layer_norm.weight" in shapes:
         raise_all(path, ["a vanilla GPT-NeoX model, not a Block Transformer (use neox)"])
-    config, problems = official_config.configure(checkpoint, config)
+    sections = tuple(f"{name}." for name in official_json.SECTIONS)
+    foreign = check_foreign("a Block Transformer", sections, shapes)
+    if foreign:
+        raise_all(path, problems + foreign)
+    problems += _unsupported(config) if config is not None else []
+    config, wrong = official_config.configure(checkpoint, config)
+    problems += wrong
     if config is not None:
+        table = _table(config)
         unused = {_UNUSED: (config.vocab_size, config.block_decoder.width)}
-        problems += mapping.check_tensors(_table(config), names, optional=unused)
+        problems += mapping.check_tensors(table, names, unused, lost)
+    else:
+        table, other = _tables_of_any_size(shapes)
+        optional = {name for entry in other for name in entry.theirs} | {_UNUSED}
+        problems += mapping.check_names(table, names, optional, lost)
     raise_all(path, problems)
+    mapping.check_ours(table, config)
     params = mapping.to_params(
-        _table(config), checkpoint.read, stacked=config.scan_layers, dtype=config.param_dtype
+        table, checkpoint.read, stacked=config.scan_layers, dtype=config.param_dtype
     )
     return build(config), params
 
@@ -68,15 +81,7 @@ def to_official(
     config = model.config
     if config.kind != "block":
         raise ValueError("a vanilla model cannot become a Block Transformer; use to_neox")
-    problems = []
-    if config.conditioning == "cross_attention":
-        problems.append("conditioning: cross_attention is T5's in the authors' code, not ours")
-    if config.embeddings_per_block != 1:
-        problems.append(
-            f"embeddings_per_block: got {config.embeddings_per_block}; the authors project the "
-            "tokens of each embedding separately, so only 1 can be converted"
-        )
-    raise_all("the model", problems)
+    raise_all("the model", _unsupported(config))
     tensors, problems = mapping.to_tensors(
         _table(config), params, stacked=config.scan_layers, dtype=dtype
     )
@@ -85,8 +90,21 @@ def to_official(
     return tensors, official_json.to_json(config, official_config.positions(config), dtype)
 
 
+def _unsupported(config: BlockConfig) -> list[str]:
+    """Why `config` has no counterpart among the authors' models."""
+    problems = []
+    if config.conditioning == "cross_attention":
+        problems.append("conditioning: cross_attention is T5's in the authors' code, not ours")
+    if config.embeddings_per_block != 1:
+        problems.append(
+            f"embeddings_per_block: got {config.embeddings_per_block}; the authors project the "
+            "tokens of each embedding separately, so only 1 can be converted"
+        )
+    return problems
+
+
 def _table(config: BlockConfig) -> list[mapping.Entry]:
-    vocab, width, inner = config.vocab_size, config.block_decoder.width, config.token_decoder.width
+    vocab, width, inner = config.vocab_size, config.context_width, config.token_decoder.width
     is_prefix = config.conditioning == "prefix"
     vectors = config.prefix_length if is_prefix else config.block_length
     return [
@@ -108,9 +126,9 @@ def _table(config: BlockConfig) -> list[mapping.Entry]:
 
 
 def _embedder_table(config: BlockConfig) -> list[mapping.Entry]:
-    embedder, vocab, width = config.embedder, config.vocab_size, config.block_decoder.width
+    embedder, vocab, width = config.embedder, config.vocab_size, config.context_width
     if embedder.kind in ("lookup", "projection"):
-        row = embedder.width or width
+        row = embedder.width or config.block_decoder.width
         if embedder.kind == "lookup":
             row = width // config.block_length
         rows = config.block_length
@@ -132,3 +150,31 @@ def _embedder_table(config: BlockConfig) -> list[mapping.Entry]:
         in_order=(1, 0),
         shape=(width, row, rows),
     )
+
+
+def _tables_of_any_size(shapes: Shapes) -> tuple[list[mapping.Entry], list[mapping.Entry]]:
+    """Entries whose names alone mean something: those of every model, and those of some."""
+    stacks = {}
+    for name in ("block_decoder", "token_decoder"):
+        layers = architecture.stack_from_shapes(shapes, f"{name}.gpt_neox").get("layers", 1)
+        stacks[name] = StackConfig(layers=layers, width=8, heads=1)
+    layers = architecture.encoder_from_shapes(shapes, "embedder").get("layers", 1)
+    encoder = EncoderConfig(layers=layers, width=8, heads=1)
+    kinds = {
+        kind: _table(
+            BlockConfig(
+                vocab_size=1,
+                context_length=8,
+                embedder=EmbedderConfig(kind=kind, encoder=encoder),
+                **stacks,
+            )
+        )
+        for kind in ("lookup", "projection", "encoder")
+    }
+    is_encoder = any(name.startswith("embedder.encoder.") for name in shapes)
+    table = [
+        entry
+        for entry in kinds["encoder" if is_encoder else "lookup"]
+        if not entry.ours.startswith("embedder/projection/")
+    ]
+    return table, kinds["encoder"] if is_encoder else kinds["projection"]

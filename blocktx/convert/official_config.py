@@ -7,7 +7,13 @@ from typing import Any
 from blocktx.convert import architecture, official_json
 from blocktx.convert.architecture import Facts, Shapes, prefixed, section
 from blocktx.convert.tensors import Checkpoint
-from blocktx.model_config import BlockConfig, EmbedderConfig, EncoderConfig
+from blocktx.model_config import (
+    BlockConfig,
+    EmbedderConfig,
+    EncoderConfig,
+    FieldError,
+    StackConfig,
+)
 
 _STACKS = ("block_decoder", "token_decoder")
 
@@ -23,8 +29,11 @@ def configure(
     sources: dict[str, Facts] = {"tensors": {}}
     problems: list[str] = []
     json = checkpoint.config
-    if checkpoint.path.is_file() and not set(official_json.SECTIONS) & set(json or {}):
+    is_foreign = json is not None and not set(official_json.SECTIONS) & set(json)
+    if checkpoint.path.is_file() and is_foreign:
         json = None  # beside a single file there may be the config.json of another
+    else:
+        is_foreign = False
     if json is not None:
         sources["config.json"], problems = official_json.from_json(json)
     if config is not None:
@@ -41,14 +50,11 @@ def configure(
         fields.append("embedder.cls_tokens")
     if facts.get("conditioning") == "prefix":
         fields.append("expansion")
-    unknown = architecture.missing(facts, fields)
-    problems += unknown
-    if unknown:
-        return None, problems
-    try:
-        return _build(facts, json, config), problems
-    except ValueError as error:
-        return None, [*problems, str(error)]
+    problems += architecture.missing(facts, fields)
+    built = _build(facts, json or {}, config, problems)
+    if problems and is_foreign:
+        problems.append("config.json beside it is not used: not one of a Block Transformer")
+    return built, problems
 
 
 def positions(config: BlockConfig) -> int:
@@ -66,44 +72,69 @@ def _infer(facts: Facts) -> list[str]:
     summation = facts.get("conditioning") == "summation"
     if summation and None not in (length, expansion) and length != expansion:
         problems.append(f"conditioning: summation of {expansion} vectors, in blocks of {length}")
-    for name in (*_STACKS, "embedder.encoder"):
-        width = facts.get(f"{name}.width")
-        if f"{name}.heads" not in facts and width is not None:
-            size = 32 if width <= 256 else 64 if width <= 1536 else 128  # the authors' rule
-            if width >= 128 and width % size == 0:  # their smallest model is that wide
-                facts[f"{name}.heads"] = width // size
     return problems
 
 
-def _build(facts: Facts, json: Mapping[str, Any] | None, config: BlockConfig | None) -> BlockConfig:
-    kind = facts["embedder.kind"]
-    embedder = {
-        name: value for name, value in section(facts, "embedder").items() if "." not in name
+def _build(
+    facts: Facts, json: Mapping[str, Any], config: BlockConfig | None, problems: list[str]
+) -> BlockConfig | None:
+    """The configuration, None if it cannot be told; what is impossible is added to `problems`.
+
+    With problems, it is one whose tensors have the same shapes (see `architecture.build_stack`).
+    """
+    stacks = {
+        name: architecture.build_stack(StackConfig, facts, name, problems) for name in _STACKS
     }
-    if kind == "projection" and embedder["width"] == facts["block_decoder.width"]:
-        del embedder["width"]
+    kind = facts.get("embedder.kind")
+    fields = {"projection": ("width",), "cls": ("cls_tokens", "concatenate")}.get(kind, ())
+    known = section(facts, "embedder")
+    embedder = {name: known[name] for name in ("kind", *fields) if name in known}
+    if embedder.get("width") == facts.get("block_decoder.width"):
+        embedder.pop("width", None)
     if kind in ("encoder", "cls"):
-        encoder = section(facts, "embedder.encoder")
-        if encoder.get("mlp_width") == 4 * encoder["width"]:
-            del encoder["mlp_width"]
-        embedder["encoder"] = EncoderConfig(**encoder)
+        embedder["encoder"] = architecture.build_stack(
+            EncoderConfig, facts, "embedder.encoder", problems
+        )
+    conditioning = facts.get("conditioning", "prefix")  # a prefix has the same tensors
+    is_known = kind is not None and {"vocab_size", "block_length"} <= facts.keys()
+    if not is_known or None in (*stacks.values(), *embedder.values()):
+        return None
+    if (conditioning == "prefix" and "expansion" not in facts) or (
+        kind == "cls" and "cls_tokens" not in embedder
+    ):
+        return None
     length = facts["block_length"]
     told = {
         "vocab_size": facts["vocab_size"],
         "block_length": length,
-        "conditioning": facts["conditioning"],
-        "embedder": EmbedderConfig(**embedder),
-        **{name: architecture.stack_config(section(facts, name)) for name in _STACKS},
+        "conditioning": conditioning,
+        "embeddings_per_block": 1,
+        **stacks,
     }
-    if facts["conditioning"] == "prefix":
+    if conditioning == "prefix":
         told["prefix_length"] = facts["expansion"]
     if "bos_id" in facts:
         told["bos_id"] = facts["bos_id"]
-    if config is not None:
-        return dataclasses.replace(config, **told)
-    stack = official_json.part(official_json.part(json or {}, "block_decoder"), "config")
-    limit = stack.get("max_position_embeddings", 2048)
-    return BlockConfig(context_length=max(limit // length, 2) * length, **told)
+    rest, wrong = official_json.rest(json, length)
+    problems += wrong
+    try:
+        told["embedder"] = EmbedderConfig(**embedder)
+    except FieldError as error:
+        problems.append(f"embedder.{error}")
+        return None
+    while True:
+        try:
+            if config is not None:
+                return dataclasses.replace(config, **told)
+            return BlockConfig(**rest, **told)
+        except FieldError as error:
+            problems.append(str(error))
+            if error.field == "bos_id" and told.get("bos_id") != 0:
+                told["bos_id"] = 0
+            elif error.field == "initializer_range" and "initializer_range" in rest:
+                del rest["initializer_range"]
+            else:
+                return None
 
 
 def _from_shapes(shapes: Shapes, kind: str | None) -> Facts:
@@ -137,8 +168,8 @@ def _from_shapes(shapes: Shapes, kind: str | None) -> Facts:
         if len(kernel) == 3:
             facts |= {"embedder.width": kernel[1], "block_length": kernel[2]}
     elif len(rows) == 2:
-        facts["embedder.kind"] = "lookup"
-        if width and width % rows[1] == 0:
+        facts |= {"embedder.kind": "lookup", "embedder.width": rows[1]}
+        if width and rows[1] and width % rows[1] == 0:
             facts["block_length"] = width // rows[1]
     return facts
 
@@ -158,6 +189,8 @@ def _from_config(config: BlockConfig) -> Facts:
         facts |= prefixed(name, architecture.stack_from_config(getattr(config, name)))
     if embedder.kind == "projection":
         facts["embedder.width"] = embedder.width or config.block_decoder.width
+    if embedder.kind == "lookup":
+        facts["embedder.width"] = config.context_width // config.block_length
     if embedder.kind == "cls":
         facts["embedder.cls_tokens"] = embedder.cls_tokens
         facts["embedder.concatenate"] = embedder.concatenate

@@ -20,6 +20,10 @@ def from_json(config: Mapping[str, Any]) -> tuple[Facts, list[str]]:
         problems.append(
             f"n_embedding_tokens: got {config['n_embedding_tokens']!r}, only 1 is supported"
         )
+    for name in SECTIONS:
+        inner = config[name].get("config")
+        if inner is not None and not isinstance(inner, Mapping):
+            problems.append(f"{name}.config: got {inner!r}, must be an object")
     for name in ("block_decoder", "token_decoder"):
         stack, unsupported = architecture.stack_from_json(part(config[name], "config"))
         facts |= prefixed(name, stack)
@@ -30,9 +34,30 @@ def from_json(config: Mapping[str, Any]) -> tuple[Facts, list[str]]:
         more, wrong = read(config)
         facts |= more
         problems += wrong
-    vocab = {"vocab_size": "vocab_size"}
-    facts |= architecture.integers(part(config["token_decoder"], "config"), vocab)[0]
+    width, wrong = architecture.integers(
+        config["embedder"], {"block_decoder.width": "projection_hidden_size"}
+    )
+    problems += [f"embedder.{problem}" for problem in wrong]
+    sources = {"block_decoder.config": facts, "embedder.projection_hidden_size": width}
+    for name in reversed(SECTIONS):
+        sources[name], wrong = architecture.integers(
+            part(config[name], "config"), {"vocab_size": "vocab_size"}
+        )
+        problems += [f"{name}.config.{problem}" for problem in wrong]
+    facts, differences = architecture.merge(sources)
+    problems += differences
     return facts, [f"config.json: {problem}" for problem in problems]
+
+
+def rest(config: Mapping[str, Any], block_length: int) -> tuple[Facts, list[str]]:
+    """Fields of the configuration that say nothing about tensors, and what is wrong with them."""
+    stack = part(part(config, "block_decoder"), "config")
+    facts, problems = architecture.integers(stack, {"context_length": "max_position_embeddings"})
+    scale, wrong = architecture.numbers(stack, {"initializer_range": "initializer_range"})
+    blocks = facts.get("context_length", 2048) // max(block_length, 1)
+    facts["context_length"] = max(blocks, 2) * block_length
+    where = "config.json: block_decoder.config"
+    return facts | scale, [f"{where}.{problem}" for problem in problems + wrong]
 
 
 def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -44,14 +69,15 @@ def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _embedder(config: Mapping[str, Any]) -> tuple[Facts, list[str]]:
     embedder = config["embedder"]
     inner = part(embedder, "config")
+    row, no_row = architecture.integers(inner, {"embedder.width": "hidden_size"})
+    no_row = [f"embedder.config.{problem}" for problem in no_row]
     cls, method = embedder.get("cls"), embedder.get("projection_method")
     if method not in (None, "concat", "projection_layer"):
         return {}, [f"embedder.projection_method: got {method!r}, unknown"]
     if cls == "lookup" and method != "projection_layer":
-        return {"embedder.kind": "lookup"}, []
+        return {"embedder.kind": "lookup", **row}, no_row
     if cls == "lookup":
-        width, problems = architecture.integers(inner, {"embedder.width": "hidden_size"})
-        return {"embedder.kind": "projection", **width}, problems
+        return {"embedder.kind": "projection", **row}, no_row
     if cls not in ("roberta", "roberta_cls") or (cls == "roberta" and method == "concat"):
         got = f"embedder.cls: got {cls!r} with projection_method {method!r}"
         return {}, [f"{got}, only lookup, roberta (projected) and roberta_cls are supported"]
@@ -74,11 +100,12 @@ def _conditioning(config: Mapping[str, Any]) -> tuple[Facts, list[str]]:
     else:
         problems.append(f"decoding_strategy: got {strategy!r}, only prefix and summation work")
     if strategy == "summation":
-        ids = part(decoder, "config")
-        bos = ids.get("bos_token_id")
-        facts["bos_id"] = ids.get("eos_token_id", 0) if bos is None else bos
-        if "block_length" in config:
-            facts.setdefault("expansion", config["block_length"])
+        names = {"bos_id": "bos_token_id", "eos": "eos_token_id"}
+        ids, wrong = architecture.integers(part(decoder, "config"), names)
+        problems += [f"config.{problem}" for problem in wrong]
+        facts["bos_id"] = ids.get("bos_id", ids.get("eos", 0))
+        length = architecture.integers(config, {"expansion": "block_length"})[0]
+        facts = length | facts
     if method not in (None, "expansion_layer"):
         problems.append(f"expansion_method: got {method!r}, only expansion_layer is supported")
     return facts, [f"token_decoder.{problem}" for problem in problems]

@@ -5,8 +5,9 @@ import json
 import os
 import re
 import shutil
+import textwrap
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ def raise_all(path: Any, problems: Iterable[str]) -> None:
         raise ValueError("\n".join([f"{path}: cannot be converted:", *(f"  {p}" for p in lines)]))
 
 
+def check_foreign(what: str, prefixes: tuple[str, ...], names: Collection[str]) -> list[str]:
+    """One problem if none of `names` has one of the `prefixes`."""
+    if not names:
+        return [f"not {what}: no tensors"]
+    if any(name.startswith(prefixes) for name in names):
+        return []
+    first = sorted(names)[:3]
+    more = f", ... {len(names)} in all" if len(names) > len(first) else ""
+    return [f"not {what} (tensors {', '.join(first)}{more})"]
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
     file: Path
@@ -40,10 +52,14 @@ class Checkpoint:
     path: Path  # the folder or file
     tensors: dict[str, TensorInfo]
     config: dict[str, Any] | None  # config.json
+    lost: frozenset[str] = frozenset()  # tensors that are in the index alone
+    problems: tuple[str, ...] = ()  # with files
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: info.shape for name, info in self.tensors.items()}
+        """Of all tensors; () where a tensor is lost."""
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        return dict.fromkeys(self.lost, ()) | shapes
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as float32, to which all of `DTYPES` convert exactly."""
@@ -60,27 +76,41 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
       FileNotFoundError: there is no such file, folder or hub name, or no safetensors in it.
-      ValueError: files that are truncated or something else; all of them are listed.
+      ValueError: nothing can be read; what else is wrong with files, is in `problems`.
     """
     local = _local(path)
     files, wanted, problems = _files(local)
-    tensors = {}
+    tensors, read = {}, set()
     for file in files:
         try:
-            with safe_open(file, "np") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if wanted is None or wanted.get(name) == file.name:
-                        piece = opened.get_slice(name)
-                        shape = tuple(piece.get_shape())
-                        tensors[name] = TensorInfo(file, shape, piece.get_dtype())
+            infos = _infos(file)
         except (SafetensorError, OSError) as error:
             problems.append(f"{file.name}: not a whole safetensors file: {error}")
-    config = _config(local, problems)
-    if not problems and wanted is not None:
-        for name in sorted(wanted.keys() - tensors.keys()):
+            continue
+        read.add(file.name)
+        for name, info in infos.items():
+            if wanted is None or wanted.get(name) == file.name:
+                tensors[name] = info
+            else:
+                place = f"has it in {wanted[name]}" if name in wanted else "does not have it"
+                problems.append(f"extra tensor {name} in {file.name}: the index {place}")
+    lost = frozenset((wanted or {}).keys() - tensors.keys())
+    for name in sorted(lost):
+        if wanted[name] in read:  # the others go without saying
             problems.append(f"missing tensor {name}: the index has it in {wanted[name]}")
-    raise_all(path, problems)
-    return Checkpoint(local, tensors, config)
+    config = _config(local, problems)
+    if problems and not read:
+        raise_all(path, problems)
+    return Checkpoint(local, tensors, config, lost, tuple(problems))
+
+
+def _infos(file: Path) -> dict[str, TensorInfo]:
+    with safe_open(file, "np") as opened:
+        pieces = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {
+            name: TensorInfo(file, tuple(piece.get_shape()), piece.get_dtype())
+            for name, piece in pieces.items()
+        }
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
@@ -95,9 +125,10 @@ def _local(path: str | os.PathLike[str]) -> Path:
 
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 100, placeholder=" ...")
         raise FileNotFoundError(
-            f"{name}: neither a file or folder nor reachable on the Hugging Face hub "
-            f"({type(error).__name__}: {error})"
+            f"{name}: there is no such file or folder, and it is neither known nor reachable on "
+            f"the Hugging Face hub ({reason})"
         ) from error
 
 
@@ -112,9 +143,15 @@ def _files(path: Path) -> tuple[list[Path], dict[str, str] | None, list[str]]:
         try:
             wanted = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index}: not an index of shards: {error!r}") from None
-        shards = [path / name for name in sorted(set(wanted.values()))]
-        problems = [f"missing shard {shard.name}" for shard in shards if not shard.exists()]
+            return [], None, [f"{index.name}: not an index of shards: {error!r}"]
+        wrong = {name: shard for name, shard in wanted.items() if not _is_file_name(shard)}
+        problems = [
+            f"{index.name}: {name}: got {shard!r}, must be the name of a file beside it"
+            for name, shard in wrong.items()
+        ]
+        wanted |= dict.fromkeys(wrong, "")
+        shards = [path / name for name in sorted(set(wanted.values()) - {""})]
+        problems += [f"missing shard {shard.name}" for shard in shards if not shard.exists()]
         return [shard for shard in shards if shard.exists()], wanted, problems
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
@@ -128,6 +165,10 @@ def _files(path: Path) -> tuple[list[Path], dict[str, str] | None, list[str]]:
     raise FileNotFoundError(f"{path}: no model.safetensors and no index of shards in it{hint}")
 
 
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+
+
 def _config(path: Path, problems: list[str]) -> dict[str, Any] | None:
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.exists():
@@ -136,10 +177,13 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any] | None:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"a {type(config).__name__}, not an object")
+        config = config.get(path.stem, config) if path.is_file() else config
+        if not isinstance(config, dict):
+            raise ValueError(f"{path.stem}: a {type(config).__name__}, not an object")
     except ValueError as error:
         problems.append(f"config.json: not readable: {error}")
         return None
-    return config.get(path.stem, config) if path.is_file() else config
+    return config
 
 
 def check_new(folder: str | os.PathLike[str]) -> Path:

@@ -46,11 +46,22 @@ def uptrain(
 
     Raises:
       ValueError: if the model is not a vanilla one, `method` is unknown, the layers cannot be
-        divided so, or `block_length` or `prefix_length` cannot be.
+        divided so, or `block_length` or `prefix_length` cannot be; all that is wrong is listed.
     """
     if vanilla.kind != "vanilla":
         raise ValueError("a block model is what uptrain makes; lengthen makes its blocks longer")
-    for_blocks, for_tokens = _division(vanilla.decoder.layers, method, block_layers)
+    problems = []
+    try:
+        for_blocks, for_tokens = _division(vanilla.decoder.layers, method, block_layers)
+    except ValueError as error:
+        problems.append(str(error))
+    if block_length < 1:
+        problems.append(f"block_length: got {block_length}, must be greater than 0")
+    else:
+        problems += _undivided(f"block_length: {block_length}", block_length, vanilla)
+    if prefix_length < 1:
+        problems.append(f"prefix_length: got {prefix_length}, must be greater than 0")
+    _raise_all(problems)
     config = BlockConfig(
         **_common_fields(vanilla),
         block_length=block_length,
@@ -110,28 +121,50 @@ def lengthen(
 
     Raises:
       ValueError: if the model is of another kind, `factor` is below 1, or the context is not two
-        or more whole blocks of the new length.
+        or more whole blocks of the new length; all that is wrong is listed.
     """
     if config.kind != "block":
         raise ValueError("a vanilla model has no blocks to lengthen; uptrain makes a block model")
+    problems = []
     if factor < 1:
-        raise ValueError(f"factor: got {factor}; use 2 or more")
+        problems.append(f"factor: got {factor}; use 2 or more")
+    else:
+        problems += _undivided(f"factor: {factor}", factor, config)
     if config.embedder.kind != "projection":
-        raise ValueError(
+        problems.append(
             f"embedder.kind: {config.embedder.kind} embeddings of a longer block are not the mean "
             "of those of its parts; lengthen takes models with a projection embedder"
         )
     if config.conditioning != "prefix":
-        raise ValueError(
+        problems.append(
             f"conditioning: {config.conditioning} makes one vector of the context for each token "
             "of a block, and knows none for more tokens; lengthen takes models with a prefix"
         )
+    _raise_all(problems)
     config = dataclasses.replace(config, block_length=config.block_length * factor)
     projection = params["embedder"]["projection"]
     kernel = np.tile(np.asarray(projection["kernel"]) / factor, (factor, 1, 1))
     kernel = kernel.astype(projection["kernel"].dtype)
     embedder = params["embedder"] | {"projection": projection | {"kernel": kernel}}
     return config, params | {"embedder": embedder}
+
+
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _undivided(given: str, factor: int, config: BlockConfig | VanillaConfig) -> list[str]:
+    """The problem, if there is one, with blocks `factor` times as long as those of `config`."""
+    usable = [f for f in range(1, config.blocks // 2 + 1) if config.blocks % f == 0]
+    if factor in usable:
+        return []
+    longer = config.block_length * factor
+    made = "" if longer == factor else f" makes blocks of {longer}, and that"
+    return [
+        f"{given}{made} does not divide context_length {config.context_length} into two or more "
+        f"blocks; use {'one of ' * (len(usable) > 1)}{', '.join(map(str, usable))}"
+    ]
 
 
 def _division(layers: int, method: str, block_layers: int | None) -> tuple[slice, slice]:
@@ -141,6 +174,12 @@ def _division(layers: int, method: str, block_layers: int | None) -> tuple[slice
     if method != "partition":
         if block_layers is not None:
             raise ValueError(f"block_layers: is for partition only, got {block_layers}")
+        if method == "skip" and layers % 2 == 1:
+            raise ValueError(
+                f"method: skip cannot give every second one of {layers} layers to both decoders; "
+                "use an even number of layers, or duplicate"
+                + (f", or partition with block_layers 1 to {layers - 1}" if layers > 1 else "")
+            )
         both = slice(None, None, 2 if method == "skip" else 1)
         return both, both
     if layers == 1:
