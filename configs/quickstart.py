@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Expect 1.76 bits/byte on the held-out documents, after RESULT_MINUTES minutes on 2 CPU cores.
+Expect 1.76 bits/byte on the held-out documents, after 3.4 minutes on 2 CPU cores (2026-11-24).
 The vanilla baseline of the same size is `--config=configs/quickstart.py:vanilla`.
 """
 
