@@ -42,10 +42,11 @@ class Encoder(nn.Module):
         config, encoder = self.config, self.config.embedder.encoder
         counted_T = tokens_T != encoder.pad_id
         position_T = encoder.pad_id + jnp.cumsum(counted_T) * counted_T
-        rows = encoder.positions or config.encoded_tokens + encoder.pad_id + 1
         x_TxD = (
             embedding(config, encoder.width, name="tokens")(tokens_T)
-            + embedding(config, encoder.width, rows=rows, name="positions")(position_T)
+            + embedding(config, encoder.width, rows=config.encoder_positions, name="positions")(
+                position_T
+            )
             + embedding(config, encoder.width, rows=1, name="type")(jnp.zeros_like(tokens_T))
         )
         x_TxD = layer_norm(config, name="embedding_norm")(x_TxD)

@@ -71,7 +71,7 @@ _float32_dot_general = functools.partial(jax.lax.dot_general, preferred_element_
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x * Phi(x).
 
-    `jax.nn.gelu(approximate=False)` goes through erfc, which costs several times as much as erf and
+    `jax.nn.gelu(approximate=False)` goes through erfc, which takes 1.5 times as long on a CPU and
     gains digits only where the result is below 1e-6.
     """
     return x * (0.5 * (1 + jax.lax.erf(x * (1 / math.sqrt(2)))))

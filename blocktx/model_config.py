@@ -210,12 +210,12 @@ class BlockConfig(_ModelConfig):
                 ),
             )
         if self.embedder.kind in ("encoder", "cls"):
-            needed = self.encoded_tokens + self.embedder.encoder.pad_id + 1
-            rows = self.embedder.encoder.positions
+            tokens = self.encoded_tokens
+            needed = tokens + self.embedder.encoder.pad_id + 1
             require(
-                rows is None or rows >= needed,
+                self.encoder_positions >= needed,
                 "embedder.encoder.positions",
-                f"{rows} are too few for {self.encoded_tokens} tokens; use {needed} or more",
+                f"{self.encoder_positions} are too few for {tokens} tokens; use {needed} or more",
             )
 
     @property
@@ -232,6 +232,12 @@ class BlockConfig(_ModelConfig):
     def encoded_tokens(self) -> int:
         """Tokens that the embedder's encoder sees of a block."""
         return self.block_length + (self.embedder.cls_tokens if self.embedder.kind == "cls" else 0)
+
+    @property
+    def encoder_positions(self) -> int:
+        """Rows of the table of positions of the embedder's encoder."""
+        encoder = self.embedder.encoder
+        return encoder.positions or self.encoded_tokens + encoder.pad_id + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 
 from blocktx.checkpoint import Checkpoints, load_params
-from blocktx.checkpoint_folder import has_checkpoint, local_workdir
+from blocktx.checkpoint_folder import find, has_checkpoint, local_workdir
 from blocktx.config import RunConfig, to_dict
 from blocktx.data.corpus import Corpus, prepare
 from blocktx.data.pipeline import training_batches
@@ -120,12 +121,15 @@ def train(
     _require_float32(config)
     if not resume:
         _require_no_run(workdir)
+    begins = not has_checkpoint(workdir)
+    if begins:
+        _require_tokenizer_of_first_params(config)
     steps = config.training.steps
     corpus = prepare(config.data, config.model.vocab_size)
     batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id)
     model = build(config.model)
     start, state = 0, None
-    if not has_checkpoint(workdir):  # what fails here leaves no run behind
+    if begins:  # what fails here leaves no run behind
         state = _first_state(config, model, corpus.tokenizer)
 
     with StopSignals() as stop, Checkpoints(workdir, config) as checkpoints:
@@ -219,13 +223,27 @@ def _require_no_run(workdir: pathlib.Path) -> None:
         )
 
 
+def _require_tokenizer_of_first_params(config: RunConfig) -> None:
+    path = config.training.init_from
+    if path and config.data.tokenizer == "train" and not _tokenizer_beside(path).exists():
+        raise ValueError(
+            f"config.training.init_from: there is no {_tokenizer_beside(path)}, and a newly "
+            "trained tokenizer cannot be the one that the parameters know; pass that one, as "
+            "--config.data.tokenizer=..."
+        )
+
+
+def _tokenizer_beside(path: str) -> epath.Path:
+    return find(path).parent.parent / "tokenizer.json"
+
+
 def _first_state(config: RunConfig, model: Model, tokenizer: Tokenizer) -> TrainState:
     """The state of step 0: new, or with the parameters of `config.training.init_from`."""
     path = config.training.init_from
     if not path:
         return create_state(config, model)
     checkpoint = load_params(path, model=config.model)
-    beside = checkpoint.path.parent.parent / "tokenizer.json"
+    beside = _tokenizer_beside(path)
     if beside.exists():
         known = Tokenizer.load(beside, config.data.end_token, config.data.pad_token)
         if known.fingerprint != tokenizer.fingerprint:
@@ -234,12 +252,6 @@ def _first_state(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Train
                 f"config.data gives (tokenizer {config.data.tokenizer!r}); pass "
                 f"--config.data.tokenizer={beside}"
             )
-    elif config.data.tokenizer == "train":
-        raise ValueError(
-            f"config.training.init_from: there is no {beside}, and a newly trained tokenizer "
-            "cannot be the one that the parameters know; pass that one, as "
-            "--config.data.tokenizer=..."
-        )
     opt_state = jax.jit(optimizer(config).init)(checkpoint.params)
     return TrainState(jnp.int32(0), checkpoint.params, opt_state)
 

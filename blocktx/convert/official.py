@@ -87,7 +87,7 @@ def to_official(
     )
     raise_all("the parameters", problems)
     tensors[_UNUSED] = np.zeros((config.vocab_size, config.block_decoder.width), dtype)
-    return tensors, official_json.to_json(config, official_config.positions(config), dtype)
+    return tensors, official_json.to_json(config, dtype)
 
 
 def _unsupported(config: BlockConfig) -> list[str]:
@@ -136,9 +136,8 @@ def _embedder_table(config: BlockConfig) -> list[mapping.Entry]:
     else:
         row = embedder.encoder.width
         rows = embedder.cls_tokens if embedder.kind == "cls" else config.block_length
-        positions = official_config.positions(config)
         entries = mapping.roberta(
-            "embedder/encoder", "embedder", embedder.encoder, vocab, positions
+            "embedder/encoder", "embedder", embedder.encoder, vocab, config.encoder_positions
         )
     if embedder.kind == "lookup" or embedder.concatenate:
         return entries

@@ -57,12 +57,6 @@ def configure(
     return built, problems
 
 
-def positions(config: BlockConfig) -> int:
-    """Rows of the table of positions of the embedder's encoder."""
-    encoder = config.embedder.encoder
-    return encoder.positions or config.encoded_tokens + encoder.pad_id + 1
-
-
 def _infer(facts: Facts) -> list[str]:
     """Adds to `facts` what follows from others."""
     problems = []

@@ -111,7 +111,7 @@ def _conditioning(config: Mapping[str, Any]) -> tuple[Facts, list[str]]:
     return facts, [f"token_decoder.{problem}" for problem in problems]
 
 
-def to_json(config: BlockConfig, positions: int, dtype: str) -> dict[str, Any]:
+def to_json(config: BlockConfig, dtype: str) -> dict[str, Any]:
     """The inverse of `from_json`, and as `official_yaml` what the authors' loader takes."""
     embedder, length = config.embedder, config.block_length
     is_prefix = config.conditioning == "prefix"
@@ -123,7 +123,7 @@ def to_json(config: BlockConfig, positions: int, dtype: str) -> dict[str, Any]:
             "hidden_size": encoder.width,
             "num_attention_heads": encoder.heads,
             "intermediate_size": encoder.mlp_size,
-            "max_position_embeddings": positions,
+            "max_position_embeddings": config.encoder_positions,
             "pad_token_id": encoder.pad_id,
             "bos_token_id": encoder.cls_id,
         }
