@@ -153,7 +153,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def check_same_run(folder: epath.Path, saved: RunConfig, config: RunConfig) -> None:
     """Raises a ValueError that lists all fields in which a run must not differ from its resumption.
 
-    Those are `model`, `data`, `seed` and `training.batch_size`; but the cache may lie elsewhere.
+    Those are `model`, `data`, `seed` and `training.batch_size`; but the cache may lie elsewhere,
+    and `model.remat` and `model.platform` only say how to compute.
     """
     old, new = _fixed_fields(saved), _fixed_fields(config)
     problems = [
@@ -182,5 +183,7 @@ def _fixed_fields(config: RunConfig) -> dict[str, Any]:
     for section in ("model", "data", "seed"):
         walk(f"config.{section}", whole[section])
     del fields["config.data.cache_dir"]  # where the cache lies does not change the data
+    for name in ("remat", "platform"):  # the same function, computed another way
+        del fields[f"config.model.{name}"]
     fields["config.training.batch_size"] = config.training.batch_size  # the data's state counts it
     return fields

@@ -12,6 +12,7 @@ token decoder over batch and blocks, which are independent once their contexts a
 decoder over the batch.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -113,7 +114,9 @@ Model = BlockTransformer | Vanilla
 
 
 def build(config: ModelConfig) -> Model:
-    """The module that `config` describes."""
+    """The module that `config` describes, its `platform` settled."""
+    if config.platform == "auto":
+        config = dataclasses.replace(config, platform=jax.default_backend())
     return BlockTransformer(config) if config.kind == "block" else Vanilla(config)
 
 

@@ -154,6 +154,7 @@ class _ModelConfig:
     compute_dtype: Dtype = "float32"
     scan_layers: bool = True  # parameters stacked under one scan; False: one subtree a layer
     remat: Literal["none", "full"] = "none"  # recompute a layer's activations for its gradient
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # whose formulations; auto: JAX's own
 
     def __post_init__(self):
         positive(self, "vocab_size", "context_length", "initializer_range")
