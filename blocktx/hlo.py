@@ -79,6 +79,11 @@ class Operation:
         return match[1].replace("\\'", "'") if match else ""
 
     @property
+    def is_whole_number(self) -> bool:
+        shapes = self.shapes
+        return len(shapes) == 1 and shapes[0].size == 1 and shapes[0].dtype[0] in "su"
+
+    @property
     def called(self) -> str | None:
         """The computation that a fusion, call or asynchronous start consists of."""
         return self.attribute("calls") or self.attribute("to_apply")
@@ -118,7 +123,7 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
         self.entry: Computation | None = None
-        self._callers: dict[str, tuple[Operation, Computation]] = {}
+        self._loops: dict[str, tuple[Operation, Computation]] = {}
         current = None
         for line in text.splitlines():
             if current is not None and (match := _OPERATION.match(line)):
@@ -137,7 +142,7 @@ class Program:
         for computation in self.computations.values():
             for operation in computation.operations.values():
                 if operation.opcode == "while":
-                    self._callers[operation.attribute("body")] = (operation, computation)
+                    self._loops[operation.attribute("body")] = (operation, computation)
 
     def executed(
         self, computation: Computation | None = None, *, all_branches: bool = False
@@ -211,50 +216,61 @@ class Program:
         ]
 
     def depends_on_parameters_alone(self, computation: Computation, name: str) -> bool:
-        """Whether a value is made of nothing but arguments called `params`, and constants.
+        """Whether a value is made of nothing but arguments called `params`, and whole numbers.
 
         That tells the gathering of a weight from that of an activation.
         """
-        waiting, seen = [(computation, name)], set()
+        waiting, seen = [(computation, name, None)], set()
         while waiting:
-            computation, name = waiting.pop()
-            if (computation.name, name) in seen:
+            value = waiting.pop()
+            computation, name, index = value
+            if (computation.name, name, index) in seen:
                 continue
-            seen.add((computation.name, name))
+            seen.add((computation.name, name, index))
             operation = computation.operations[name]
-            if operation.opcode == "parameter":
-                is_entry = computation is self.entry
-                if not (is_entry and re.search(r"(^|\.)params\b", operation.op_name)):
+            if operation.is_whole_number:
+                continue
+            if operation.opcode == "parameter" and computation is self.entry:
+                if not re.search(r"(^|\.)params\b", operation.op_name):
                     return False
-            elif operation.opcode == "get-tuple-element":
-                origin = self._loop_invariant(computation, operation)
-                if origin is None:
-                    return False
-                waiting.append(origin)
+            elif operation.opcode == "parameter" and computation.name not in self._loops:
+                return False
             else:
-                waiting.extend((computation, operand) for operand in operation.operands)
+                waiting.extend(self._made_of(*value))
         return True
 
-    def _loop_invariant(self, computation: Computation, element: Operation):
-        """Where an element of a tuple comes from: out of a loop, what went into it unchanged."""
-        source, index = computation.operations[element.operands[0]], int(element.attribute("index"))
-        if source.opcode == "tuple":
-            return computation, source.operands[index]
-        if source.opcode == "parameter":
-            if computation.name not in self._callers:
-                return None
-            root = computation.root
-            kept = computation.operations[root.operands[index]]
-            while kept.opcode in ("copy", "bitcast"):
-                kept = computation.operations[kept.operands[0]]
-            if kept.opcode != "get-tuple-element" or kept.attribute("index") != str(index):
-                return None  # it changes from one iteration to the next
-            loop, outside = self._callers[computation.name]
-            init = outside.operations[loop.operands[0]]
-            return (outside, init.operands[index]) if init.opcode == "tuple" else None
-        if source.opcode == "while":
-            return None
-        return computation, source.name
+    def _made_of(self, computation: Computation, name: str, index: int | None):
+        """The values that one is made of; of a tuple, the element `index`."""
+        operation = computation.operations[name]
+        operands = operation.operands
+        if operation.opcode == "get-tuple-element":
+            yield computation, operands[0], int(operation.attribute("index"))
+        elif operation.opcode == "parameter":  # what went into a loop, or comes of an iteration
+            loop, outside = self._loops[computation.name]
+            yield outside, loop.operands[0], index
+            yield computation, computation.root.name, index
+        elif operation.opcode == "while":
+            body = self.computations[operation.attribute("body")]
+            yield computation, operands[0], index
+            yield body, body.root.name, index
+        else:
+            if operation.opcode == "tuple" and index is not None:
+                operands = (operands[index],)
+            elif operation.opcode == "fusion":
+                operands = self._used_by_fusion(operation, index)
+            yield from ((computation, operand, None) for operand in operands)
+
+    def _used_by_fusion(self, fusion: Operation, index: int | None) -> Iterator[str]:
+        inside = self.computations[fusion.called].operations
+        root = self.computations[fusion.called].root
+        element = root.opcode == "tuple" and index is not None
+        waiting, seen = [root.operands[index] if element else root.name], set()
+        while waiting:
+            operation = inside[waiting.pop()]
+            if operation.opcode == "parameter":
+                yield fusion.operands[int(operation.argument)]
+            waiting.extend(name for name in operation.operands if name not in seen)
+            seen.update(operation.operands)
 
 
 def _shape(match: re.Match) -> Shape:

@@ -74,11 +74,8 @@ def collectives(program: Program, within: Computation | None = None) -> list[Col
     found: dict[tuple[str, ...], list[int]] = {}
     for done in program.executed(within, all_branches=True):
         for operation, shapes, operands in _collectives(program, done):
-            if operation.opcode.removesuffix("-start") == "collective-permute":
-                group = 2  # to one, whoever else takes part
-            else:
-                group = _group_size(operation, shapes, operands)
-            key, count = _describe(program, done, operation, shapes, sizes), done.times
+            group = _group_size(operation, shapes, operands)
+            key, count = _describe(program, done, operation, shapes, sizes, group), done.times
             moved = sum(s.bytes for s in (operands if key[0] == "reduce-scatter" else shapes))
             sent = moved * (group - 1) / group * (2 if key[0] == "all-reduce" else 1)
             if key[0] == "collective-permute":
@@ -132,21 +129,24 @@ def _describe(
     operation: Operation,
     shapes: Iterable[Shape],
     sizes: set[int],
+    group: int,
 ) -> tuple[str, str, str, str]:
     kind = operation.opcode.removesuffix("-start")
     path = operation.op_name or done.operation.op_name or _users_name(done)
     phase = "backward" if "transpose(" in path else "forward" if "jvp(" in path else "update"
+    # A matrix product that is cut up hands parts of a weight, or of its gradient, round in a ring.
+    summed = kind in ("all-reduce", "reduce-scatter", "collective-permute") and all(
+        {s.size, s.size // group} & sizes for s in shapes if s.size > 1
+    )
     if all(shape.size == 1 for shape in shapes):
         carries = "scalars"
-    elif kind in ("all-reduce", "reduce-scatter"):
-        summed = phase == "backward" and all(s.size in sizes for s in shapes if s.size > 1)
-        carries = "gradients" if summed else "activations"
+    elif kind not in ("all-reduce", "reduce-scatter") and all(
+        program.depends_on_parameters_alone(done.computation, name)
+        for name in done.operation.operands
+    ):
+        carries = "parameters"
     else:
-        gathered = all(
-            program.depends_on_parameters_alone(done.computation, name)
-            for name in done.operation.operands
-        )
-        carries = "parameters" if gathered else "activations"
+        carries = "gradients" if phase == "backward" and summed else "activations"
     return kind, carries, _modules(path), phase
 
 
@@ -174,7 +174,10 @@ def _modules(op_name: str) -> str:
 
 
 def _parameter_sizes(program: Program) -> set[int]:
-    """Sizes of a chip's part of the parameters, and of one layer of those that are stacked."""
+    """Sizes of a chip's part of the parameters, and of one layer of those that are stacked.
+
+    A gradient is summed as large as that, or in all parts at once.
+    """
     sizes = set()
     for operation in program.entry.operations.values():
         if operation.opcode == "parameter" and re.search(r"(^|\.)params\b", operation.op_name):
