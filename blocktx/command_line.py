@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import pathlib
 import re
 import sys
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from blocktx.config import RunConfig, from_config_dict
@@ -41,6 +43,13 @@ def run(main: Callable[[], None], required: tuple[str, ...]) -> None:
             fail("interrupted", code=130)
 
     app.run(checked, flags_parser=_parse)
+
+
+def keep_compiled(folder: str) -> None:
+    """Makes JAX keep what it compiles in `folder`, and find it there; "" is no folder."""
+    if folder and "://" not in folder:
+        folder = os.path.expanduser(folder)
+    jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
