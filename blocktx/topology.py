@@ -67,7 +67,7 @@ def find_topology(name: str, target_config: str | os.PathLike[str] | None = None
     kind, _, shape = name.partition(":")
     if kind not in _SHAPES:
         raise ValueError(
-            f"topology: got {name!r}; begin with one of {', '.join(_SHAPES)}, as v5e:4x4 and h100:8 do"
+            f"topology: got {name!r}; it begins with one of {', '.join(_SHAPES)}, as v5e:4x4 does"
         )
     if shape not in _SHAPES[kind]:
         known = ", ".join(f"{kind}:{shape}" for shape in _SHAPES[kind])
