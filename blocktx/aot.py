@@ -28,6 +28,11 @@ from blocktx.step import abstract_batch, abstract_state, train_step
 from blocktx.topology import Topology
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB}
+_OPTIONS = {
+    "tpu": {},
+    # Without a GPU to try its own tilings on, XLA finds none for some shapes; so cuBLAS.
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
 _NEW_BLOCKS = 16  # room for these is left behind a prompt; a loop costs the same for any number
 
 
@@ -147,7 +152,7 @@ class _Compilation:
     def report(self, lowered: jax.stages.Lowered, products: float, roofline: float) -> Report:
         begin = time.perf_counter()
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=_OPTIONS[self.topology.platform])
         except jax.errors.JaxRuntimeError as error:
             raise self._out_of_memory(error) or error from error
         seconds = time.perf_counter() - begin

@@ -140,7 +140,7 @@ def _describe(
     )
     if all(shape.size == 1 for shape in shapes):
         carries = "scalars"
-    elif kind not in ("all-reduce", "reduce-scatter") and all(
+    elif all(
         program.depends_on_parameters_alone(done.computation, name)
         for name in done.operation.operands
     ):
