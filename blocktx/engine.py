@@ -94,7 +94,7 @@ def load(path: epath.PathLike) -> Engine:
       ValueError: what is there is not a blocktx checkpoint, is damaged, or does not fit its config.
     """
     loaded = checkpoint.load_params(path)
-    file = loaded.path.parent.parent / "tokenizer.json"
+    file = checkpoint.tokenizer_file(loaded.path)
     if not file.exists():
         raise FileNotFoundError(
             f"{file}: not found; a run's tokenizer stands beside its `checkpoints` folder"

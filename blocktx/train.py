@@ -10,10 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
 
-from blocktx.checkpoint import Checkpoints, load_params
-from blocktx.checkpoint_folder import find, has_checkpoint, local_workdir
+from blocktx.checkpoint import Checkpoints, load_params, tokenizer_file
+from blocktx.checkpoint_folder import has_checkpoint, local_workdir
 from blocktx.config import RunConfig, to_dict
 from blocktx.data.corpus import Corpus, prepare
 from blocktx.data.pipeline import training_batches
@@ -225,16 +224,12 @@ def _require_no_run(workdir: pathlib.Path) -> None:
 
 def _require_tokenizer_of_first_params(config: RunConfig) -> None:
     path = config.training.init_from
-    if path and config.data.tokenizer == "train" and not _tokenizer_beside(path).exists():
+    if path and config.data.tokenizer == "train" and not tokenizer_file(path).exists():
         raise ValueError(
-            f"config.training.init_from: there is no {_tokenizer_beside(path)}, and a newly "
+            f"config.training.init_from: there is no {tokenizer_file(path)}, and a newly "
             "trained tokenizer cannot be the one that the parameters know; pass that one, as "
             "--config.data.tokenizer=..."
         )
-
-
-def _tokenizer_beside(path: str) -> epath.Path:
-    return find(path).parent.parent / "tokenizer.json"
 
 
 def _first_state(config: RunConfig, model: Model, tokenizer: Tokenizer) -> TrainState:
@@ -243,7 +238,7 @@ def _first_state(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Train
     if not path:
         return create_state(config, model)
     checkpoint = load_params(path, model=config.model)
-    beside = _tokenizer_beside(path)
+    beside = tokenizer_file(path)
     if beside.exists():
         known = Tokenizer.load(beside, config.data.end_token, config.data.pad_token)
         if known.fingerprint != tokenizer.fingerprint:
