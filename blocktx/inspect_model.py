@@ -112,10 +112,25 @@ def nearest_tokens(
     return np.asarray(token_NxPxV), np.asarray(cosine_NxPxV)
 
 
+def first_block_share(weights_LxHxTxS: np.ndarray, group: int = 1) -> tuple[np.ndarray, float]:
+    """How much of the later blocks' attention the first block gets (finding 11 of the paper).
+
+    Args:
+      weights_LxHxTxS: of `block_attention`.
+      group: n, the embeddings in a block.
+
+    Returns:
+      The mean over heads and blocks, `[layers]`, and what it were if blocks attended to all alike.
+    """
+    share_L = weights_LxHxTxS[:, :, group:, :group].sum(-1).mean((1, 2))
+    blocks = weights_LxHxTxS.shape[-1] // group
+    return share_L, float(np.mean(1 / np.arange(2, blocks + 1))) if blocks > 1 else 1.0
+
+
 def plot_attention(weights_LxHxTxS: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
-    """A heat map for each layer (rows) and head; `labels` are of the positions, and may be long."""
+    """A heat map for each layer (rows) and head; `labels` are those of the positions, in order."""
     layers, heads, _, positions = weights_LxHxTxS.shape
-    figure = Figure(figsize=(1.6 * heads + 1.5, 1.7 * layers + 1.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(1.4 * heads + 2, 1.5 * layers + 0.6), dpi=120, layout="constrained")
     grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
     for layer, row in enumerate(grid):
         for head, axes in enumerate(row):
@@ -124,12 +139,14 @@ def plot_attention(weights_LxHxTxS: np.ndarray, labels: Sequence[str], title: st
             if layer == 0:
                 axes.set_title(f"head {head}", fontsize=8)
         row[0].set_ylabel(f"layer {layer}", fontsize=8)
-    shown = range(0, positions, -(-positions // 16))
-    names = [labels[i].replace("$", r"\$") for i in shown]  # no mathematics
-    grid[0, 0].set_xticks(shown, names, rotation=90)
-    grid[0, 0].set_yticks(shown, names)
-    figure.colorbar(image, ax=grid, shrink=0.6, label="attention of the row to the column")
-    figure.suptitle(title, fontsize=10)
+    shown = range(0, positions, -(-positions // 12))  # as many as there is room for
+    plain = [labels[i].replace("$", r"\$").replace("\n", " ") for i in shown]  # no mathematics
+    grid[0, 0].set_yticks(shown, plain)
+    grid[0, 0].set_xticks([])
+    bar = figure.colorbar(image, ax=grid, shrink=0.7)
+    bar.set_label("attention of row to column", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

@@ -39,8 +39,9 @@ def main() -> None:
     labels = [block for block in blocks for _ in range(group)]
     kind = "block decoder" if model.config.kind == "block" else "vanilla model"
     save("block_attention.png", weights, labels, f"attention of the {kind}")
-    for layer, share in enumerate(weights[:, :, group:, :group].sum(-1).mean((1, 2))):
-        print(f"  layer {layer}: {share:.0%} on the first block")
+    share_L, even = inspect_model.first_block_share(weights, group)
+    for layer, share in enumerate(share_L):
+        print(f"  layer {layer}: {share:.0%} on the first block (spread evenly: {even:.0%})")
     if model.config.kind == "vanilla":
         return
     if len(blocks) > 1:

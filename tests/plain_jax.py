@@ -21,9 +21,9 @@ def restore(run):
     steps = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
     folder = run / "checkpoints" / str(max(steps)) / "params"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    tree = ocp.StandardCheckpointHandler().metadata(folder).tree
+    here = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
-        here = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
         params = checkpointer.restore(folder, here)
     return json.loads((run / "config.json").read_text()), params
 

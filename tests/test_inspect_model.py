@@ -13,6 +13,7 @@ from random_weights import random_params
 from blocktx.attention import Attention
 from blocktx.inspect_model import (
     block_attention,
+    first_block_share,
     in_blocks,
     nearest_tokens,
     plot_attention,
@@ -95,7 +96,7 @@ def test_maps_are_what_a_block_model_computes_with(variant):
     assert maps["block_decoder"].shape == (2, 3, 5 * group, 5 * group)
     assert maps["token_decoder"].shape == (4, 1, 2, positions, positions)
     separate = unstack_layers(params) if model.config.scan_layers else params
-    (ours,) = model.apply({"params": params}, tokens[None], mask[None])
+    (ours,) = jax.jit(model.apply)({"params": params}, tokens[None], mask[None])
     theirs = logits_with(maps, model, separate, tokens, mask)
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
@@ -104,7 +105,7 @@ def test_maps_of_a_vanilla_model():
     params, (tokens, mask) = random_params(VANILLA), text(VANILLA)
     maps = block_attention(VANILLA, params, tokens, mask)
     assert maps.shape == (2, 3, 18, 18)
-    (ours,) = VANILLA.apply({"params": params}, tokens[None, :, 0], mask[None, :, 0])
+    (ours,) = jax.jit(VANILLA.apply)({"params": params}, tokens[None, :, 0], mask[None, :, 0])
     theirs = logits_with({"decoder": maps}, VANILLA, unstack_layers(params), tokens, mask)[:, 0]
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
     for ask in (token_attention, nearest_tokens):
@@ -125,8 +126,9 @@ def test_nearest_tokens_by_brute_force():
     assert (found[:, 1, 0] == 7).all()
     np.testing.assert_allclose(cosine[:, 1, 0], 1, atol=1e-6)
     assert (np.diff(cosine) <= 0).all()
-    (contexts,) = model.apply({"params": params}, tokens[None], mask[None], method="contexts")
-    told = np.einsum("d,de->e", contexts[4], expansion["kernel"][:, 2]) + expansion["bias"][2]
+    contexts = jax.jit(lambda *text: model.apply({"params": params}, *text, method="contexts"))
+    context = contexts(tokens[None], mask[None])[0, 4]
+    told = np.einsum("d,de->e", context, expansion["kernel"][:, 2]) + expansion["bias"][2]
     table = np.asarray(table)
     cosines = table @ told / np.linalg.norm(table, axis=1) / np.linalg.norm(told)
     np.testing.assert_array_equal(found[4, 2], np.argsort(-cosines))
@@ -146,9 +148,19 @@ def test_text_in_blocks():
         token_attention(block_model(), {}, *in_blocks([1], block_model()))
 
 
+def test_share_of_the_first_block():
+    uniform = np.tril(np.ones((2, 3, 4, 4)))
+    uniform /= uniform.sum(-1, keepdims=True)
+    share, even = first_block_share(uniform)
+    np.testing.assert_allclose(share, even)
+    assert even == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    blocks = np.kron(uniform, np.full((2, 2), 0.5))  # two embeddings in each
+    np.testing.assert_allclose(first_block_share(blocks, group=2)[0], even)
+
+
 def test_plot_has_a_map_for_each_head():
     figure = plot_attention(np.full((2, 3, 20, 20), 0.05), [f"${i}" for i in range(20)], "title")
     *maps, _ = figure.axes
     assert len(maps) == 6
-    assert [label.get_text() for label in maps[3].get_xticklabels()][:2] == [r"\$0", r"\$2"]
+    assert [label.get_text() for label in maps[0].get_yticklabels()][:2] == [r"\$0", r"\$2"]
     figure.savefig(io.BytesIO(), format="png")

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from random_weights import random_params
@@ -71,7 +72,8 @@ def test_logits_without_blocktx(runs, name):
     checkpoint = load_params(runs[name])
     given = np.load(runs[name] / "given.npz")
     model = build(checkpoint.config.model)
-    (ours,) = model.apply({"params": checkpoint.params}, given["tokens"][None], given["mask"][None])
+    variables = {"params": checkpoint.params}
+    (ours,) = jax.jit(model.apply)(variables, given["tokens"][None], given["mask"][None])
     theirs = np.load(runs[name] / "logits.npy")
     assert theirs.shape == ours.shape
     np.testing.assert_allclose(theirs, ours, atol=1e-5, rtol=1e-5)

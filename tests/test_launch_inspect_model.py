@@ -38,7 +38,7 @@ def test_pictures_and_tokens(finished, tmp_path):
         engine.tokenizer.pad_id,
     )
     found, _ = nearest_tokens(engine.model, engine.params, *text, count=3)
-    shares = re.findall(r"^  layer 0: \d+% on the first block$", done.stdout, re.MULTILINE)
+    shares = re.findall(r"^  layer 0: \d+% on the first block ", done.stdout, re.MULTILINE)
     assert len(shares) == engine.config.model.block_decoder.layers
     rows = re.findall(r"^  prefix \d: (.*)$", done.stdout, re.MULTILINE)
     assert len(rows) == found.shape[0] * found.shape[1]
