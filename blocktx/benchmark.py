@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from blocktx import sampling
+from blocktx import decoding
 from blocktx.model import Model, build, count_params, init_params
 from blocktx.model_config import BlockConfig, VanillaConfig
 
@@ -37,7 +37,7 @@ def random_model(config: BlockConfig | VanillaConfig) -> tuple[Model, dict]:
     """A model with new weights, ready to decode: speed does not depend on what they are."""
     model = build(config)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    return sampling.separate_layers(model, params)
+    return decoding.separate_layers(model, params)
 
 
 def decode_throughput(
@@ -60,7 +60,7 @@ def decode_throughput(
                 0, model.config.vocab_size, (batch_size, prompt_tokens)
             )
             begin = time.perf_counter()
-            sampling.generate(
+            decoding.generate(
                 model,
                 params,
                 tokens_BxT,

@@ -1,7 +1,11 @@
 """The folder of a checkpoint: finding it, reading it, and checking that it is what is asked for."""
 
+import contextlib
+import importlib.metadata
 import os
 import pathlib
+import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +15,15 @@ from etils import epath
 from blocktx.config import RunConfig, from_config_dict, to_dict
 
 FORMAT_VERSION = 1
+Shapes = dict[str, tuple[int, ...]]
+
+
+def blocktx_version() -> str:
+    """Of this package, to be written into what it writes."""
+    try:
+        return importlib.metadata.version("blocktx")
+    except importlib.metadata.PackageNotFoundError:  # used from a clone
+        return "unknown"
 
 
 def local_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -29,6 +42,27 @@ def local_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"workdir: cannot write to {path}: no permission for {existing}")
     return path
+
+
+@contextlib.contextmanager
+def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
+    """A folder to write into, which in the end is renamed to `folder`, or after an error removed.
+
+    Raises:
+      FileExistsError: if there is something at `folder`.
+    """
+    path = epath.Path(folder).expanduser().absolute()
+    if path.exists():
+        raise FileExistsError(f"{folder}: exists already; choose another folder")
+    unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(path)
+    except BaseException:
+        if unfinished.exists():
+            unfinished.rmtree()
+        raise
 
 
 def has_checkpoint(workdir: epath.PathLike) -> bool:
@@ -116,12 +150,16 @@ def read(folder: epath.Path, **items: Any) -> Any:
 def check_names_and_shapes(folder: epath.Path, params: dict[str, Any]) -> None:
     """Raises a ValueError that lists all parameters that differ from `params` in name or shape."""
     try:
-        stored = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "params").tree)
+        stored = shapes(ocp.StandardCheckpointHandler().metadata(folder / "params").tree)
     except Exception as error:
         raise ValueError(
             f"{folder}: cannot read params, a file may be damaged or missing: {error}"
         ) from error
-    wanted = _shapes(params)
+    check_fit(folder, stored, shapes(params))
+
+
+def check_fit(folder: epath.Path, stored: Shapes, wanted: Shapes) -> None:
+    """Raises a ValueError that lists all parameters that are not stored as a model wants them."""
     problems = [
         f"  {name}: checkpoint {stored.get(name, 'lacks it')}, "
         f"configuration {wanted.get(name, 'lacks it')}"
@@ -134,11 +172,17 @@ def check_names_and_shapes(folder: epath.Path, params: dict[str, Any]) -> None:
         )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def shapes(tree: Any) -> Shapes:
+    """The shapes of a tree's arrays, by name."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        path_name(path): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def path_name(path: Any) -> str:
+    """The name of a parameter by its path in the tree, such as `embedder/tokens/embedding`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def check_same_run(folder: epath.Path, saved: RunConfig, config: RunConfig) -> None:

@@ -1,18 +1,15 @@
 """What a run begins with, and all that has to fit before it does."""
 
-import os
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from blocktx.checkpoint import Checkpoints, load_params
-from blocktx.checkpoint_folder import find
+from blocktx.checkpoint import Checkpoints, load_params, tokenizer_file
 from blocktx.config import RunConfig
 from blocktx.data.corpus import Corpus
 from blocktx.data.tokenizer import Tokenizer
@@ -52,16 +49,12 @@ def require_no_run(workdir: pathlib.Path) -> None:
 
 def require_tokenizer_of_first_params(config: RunConfig) -> None:
     path = config.training.init_from
-    if path and config.data.tokenizer == "train" and not _tokenizer_beside(path).exists():
+    if path and config.data.tokenizer == "train" and not tokenizer_file(path).exists():
         raise ValueError(
-            f"config.training.init_from: there is no {_tokenizer_beside(path)}, and a newly "
+            f"config.training.init_from: there is no {tokenizer_file(path)}, and a newly "
             "trained tokenizer cannot be the one that the parameters know; pass that one, as "
             "--config.data.tokenizer=..."
         )
-
-
-def _tokenizer_beside(path: str | os.PathLike[str]) -> epath.Path:
-    return find(path).parent.parent / "tokenizer.json"
 
 
 def first_state(config: RunConfig, model: Model, tokenizer: Tokenizer, mesh: Mesh) -> TrainState:
@@ -70,7 +63,7 @@ def first_state(config: RunConfig, model: Model, tokenizer: Tokenizer, mesh: Mes
     if not path:
         return create_state(config, model)
     checkpoint = load_params(path, mesh, model=config.model)
-    beside = _tokenizer_beside(path)
+    beside = tokenizer_file(path)
     if beside.exists():
         known = Tokenizer.load(beside, config.data.end_token, config.data.pad_token)
         if known.fingerprint != tokenizer.fingerprint:

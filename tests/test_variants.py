@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from random_weights import random_params
 
+from blocktx.decoding import generate
 from blocktx.model import build
 from blocktx.model_config import BlockConfig, EmbedderConfig, EncoderConfig, StackConfig
-from blocktx.sampling import generate
 
 PAD, VOCABULARY = 1, 89
 NARROW, WIDE = StackConfig(layers=1, width=16, heads=2), StackConfig(layers=1, width=32, heads=2)
