@@ -1,6 +1,7 @@
 """Compiles the programs of a run for chips that are not there, and says what they will cost."""
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -10,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from blocktx import cost, hlo_cost, sampling
+from blocktx import cost, hlo_cost, loop
 from blocktx.aot_report import GIB, Report
 from blocktx.config import MeshConfig, RunConfig
 from blocktx.hlo import Computation, Program
 from blocktx.model import abstract_params, build
 from blocktx.model_config import ModelConfig
+from blocktx.prompts import Prompts
 from blocktx.run_start import check_run
+from blocktx.sampling import Sampling
 from blocktx.sharding import (
     batch_parts,
     batch_sharding,
@@ -27,13 +30,13 @@ from blocktx.sharding import (
 from blocktx.step import abstract_batch, abstract_state, train_step
 from blocktx.topology import Topology
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
 _OPTIONS = {
     "tpu": {},
     # Without a GPU to try its own tilings on, XLA finds none for some shapes; so cuBLAS.
     "gpu": {"xla_gpu_enable_triton_gemm": False},
 }
-_NEW_BLOCKS = 16  # room for these is left behind a prompt; a loop costs the same for any number
 
 
 class DoesNotFit(ValueError):
@@ -68,7 +71,7 @@ def compile_train_step(config: RunConfig, topology: Topology) -> Report:
         },
         batch_size=rows,
         tokens=rows * config.model.context_length,
-        advice=lambda kinds: _training_advice(kinds, config, mesh),
+        advice=lambda kinds, limit: _training_advice(kinds, limit, config, mesh),
     )
     products = cost.train_step(config).flops / mesh.size
     return compilation.report(lowered, products, roofline=products / topology.chip.flops)
@@ -99,23 +102,30 @@ def compile_decoding(
     if batch_size < 1 or batch_size % parts:
         more = max(1, -(-batch_size // parts)) * parts
         raise ValueError(f"batch_size: {batch_size} rows do not go to {parts} chips; use {more}")
-    least, most = 2 * _NEW_BLOCKS * model.block_length, model.context_length
-    if context % model.block_length or not least <= context <= most:
+    if context % model.block_length or not 0 < context <= model.context_length:
         raise ValueError(
-            f"context: got {context} tokens; use whole blocks of {model.block_length}, {least} to "
-            f"config.model.context_length {most}"
+            f"context: got {context} tokens; use whole blocks of {model.block_length}, at most "
+            f"config.model.context_length {model.context_length}"
         )
     slots = context // model.block_length
-    prompt = slots - _NEW_BLOCKS + 1
-    arguments = _decoding_arguments(model, mesh, batch_size, prompt, slots)
-    with jax.set_mesh(mesh):
-        lowered = sampling._generate.lower(
-            build(model),
-            *(arguments[name] for name in ("parameters", "tokens", "mask", "cache", "sampling")),
-            new_bucket=_NEW_BLOCKS,
-            **_scalars(mesh),
-        )
-    tokens = model.block_length if program == "decode" else prompt * model.block_length
+    net, place = build(model), functools.partial(_place_rows, mesh=mesh, rows=batch_size)
+    params, prompts = abstract_params(model, mesh), _prompts(model, batch_size, slots)
+    if program == "prefill":
+        arguments = {"parameters": params, "prompts": place(prompts)}
+        with jax.set_mesh(mesh):
+            lowered = loop.prefill.lower(net, *arguments.values())
+        work = cost.extend(model, batch_size // parts, slots, slots)
+    else:
+        state = jax.eval_shape(functools.partial(loop.prefill, net), params, prompts)
+        state, sampling, number = place((state, Sampling.create(rows=batch_size), jnp.int32(0)))
+        arguments = {
+            "parameters": params,
+            "cache": state.cache,
+            "state": (state.replace(cache=()), sampling),
+        }
+        with jax.set_mesh(mesh):
+            lowered = loop.advance.lower(net, params, state, sampling, number, number)
+        work = cost.decode_block(model, batch_size // parts, slots)
     compilation = _Compilation(
         program=program,
         model=model,
@@ -123,17 +133,12 @@ def compile_decoding(
         mesh=mesh,
         arguments=arguments,
         batch_size=batch_size,
-        tokens=batch_size * tokens,
-        advice=lambda kinds: _decoding_advice(model, batch_size, parts, context),
+        tokens=batch_size * (context if program == "prefill" else model.block_length),
+        advice=lambda kinds, limit: _decoding_advice(model, batch_size, parts, context),
     )
-    rows = batch_size // parts
-    if program == "decode":
-        work = cost.decode_block(model, rows, slots)
-    else:
-        work = cost.extend(model, rows, prompt, slots)
     tensor = mesh.shape["tensor"]
-    least_time = topology.chip.seconds(flops=work.flops / tensor, hbm=work.bytes / tensor)
-    return compilation.report(lowered, work.flops / tensor, roofline=max(least_time.values()))
+    least = topology.chip.seconds(flops=work.flops / tensor, hbm=work.bytes / tensor)
+    return compilation.report(lowered, work.flops / tensor, roofline=max(least.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +152,7 @@ class _Compilation:
     arguments: dict[str, Any]  # trees of ShapeDtypeStructs, by kind
     batch_size: int
     tokens: int
-    advice: Callable[[dict[str, int]], str]  # what to do if these kinds of memory are too much
+    advice: Callable[[dict[str, float], float], str]  # for these kinds of memory, and a limit
 
     def report(self, lowered: jax.stages.Lowered, products: float, roofline: float) -> Report:
         begin = time.perf_counter()
@@ -196,11 +201,14 @@ class _Compilation:
         }
 
     def _out_of_memory(self, error: Exception) -> DoesNotFit | None:
-        # "Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm."
-        used = re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", str(error))
-        if used is None:
+        # Said before memory is laid out and after, by the compiler for TPUs.
+        found = re.search(
+            rf"required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
+            str(error),
+        ) or re.search(rf"Used {_SIZE} of {_SIZE} hbm", str(error))
+        if found is None:
             return None
-        need, limit = (float(used[i]) * _UNITS[used[i + 1]] for i in (1, 3))
+        need, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
         kinds = {name: _bytes_on_a_chip(tree) for name, tree in self.arguments.items()}
         return self._does_not_fit(need, limit, kinds | {"the rest": need - sum(kinds.values())})
 
@@ -209,7 +217,7 @@ class _Compilation:
         return DoesNotFit(
             f"the {self.program} program does not fit: a chip of {self.topology.name} needs "
             f"{need / GIB:.2f} GiB ({parts}) and has {limit / GIB:.2f}, "
-            f"{(need - limit) / GIB:.2f} too few; what helps: {self.advice(kinds)}"
+            f"{(need - limit) / GIB:.2f} too few; what helps: {self.advice(kinds, limit)}"
         )
 
 
@@ -218,34 +226,21 @@ def _on(topology: Topology, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def _decoding_arguments(
-    config: ModelConfig, mesh: Mesh, rows: int, prompt: int, slots: int
-) -> dict[str, Any]:
-    """Arguments of the generating loop after the model, by kind."""
-    net = build(config)
+def _prompts(config: ModelConfig, rows: int, slots: int) -> Prompts:
+    """Prompts that fill their cache."""
+    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((rows, slots, config.block_length), jnp.int32)
+    return Prompts(tokens, numbers, numbers, numbers, numbers, slots=slots)
 
-    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        by_row = x.shape[:1] == (rows,)
-        sharding = batch_sharding(mesh) if by_row else replicated(mesh)
+
+def _place_rows(tree: Any, mesh: Mesh, rows: int) -> Any:
+    """What has a row for each sequence, spread by them; the rest on every chip."""
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = batch_sharding(mesh) if x.shape[:1] == (rows,) else replicated(mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    shape = (rows, prompt, config.block_length)
-    others = jax.eval_shape(
-        lambda: {
-            "tokens": jnp.zeros(shape, jnp.int32),
-            "mask": jnp.zeros(shape, bool),
-            "cache": net.create_cache(rows, slots),
-            "sampling": sampling.Sampling.create(
-                temperature=0.0, top_k=0, top_p=1.0, seed=0, rows=rows
-            ),
-        }
-    )
-    return {"parameters": abstract_params(config, mesh), **jax.tree.map(place, others)}
-
-
-def _scalars(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    return {"new_blocks": number, "end_id": number, "pad_id": number}
+    return jax.tree.map(place, tree)
 
 
 def _part(program: Program, name: str) -> Computation | None:
@@ -261,26 +256,25 @@ def _bytes_on_a_chip(tree: Any) -> int:
     return sum(map(size, jax.tree.leaves(tree)))
 
 
-def _training_advice(kinds: dict[str, float], config: RunConfig, mesh: Mesh) -> str:
+def _training_advice(kinds: dict[str, float], limit: float, config: RunConfig, mesh: Mesh) -> str:
     """Knobs for what takes the most memory, as flags."""
-    knobs = []
     state = kinds["parameters"] + kinds["optimizer"]
-    if state > sum(kinds.values()) / 2:
-        if mesh.shape["data"] > 1:
-            knobs.append(
-                "--config.mesh.data=1 --config.mesh.fsdp=-1, so that each chip has less "
-                "of parameters and optimizer"
-            )
-        knobs.append("a topology of more chips")
+    others = sum(kinds.values()) - state
     parts = config.training.microbatches
     rows = config.training.batch_size // batch_parts(mesh) // parts
-    if rows > 1:
-        more = next(n for n in range(2, rows + 1) if rows % n == 0)
-        knobs.append(f"--config.training.microbatches={parts * more}")
-    elif mesh.size > mesh.shape["tensor"]:
-        knobs.append(f"--config.mesh.tensor={2 * mesh.shape['tensor']}")
+    enough = [n for n in range(2, rows + 1) if rows % n == 0 and state + others / n < 0.9 * limit]
+    knobs = []
+    if enough:
+        knobs.append(f"--config.training.microbatches={parts * enough[0]}")
+    elif rows > 1:
+        knobs.append(f"--config.training.microbatches={parts * rows}, and what follows here")
     if config.model.remat != "full":
         knobs.append("--config.model.remat=full")
+    if mesh.shape["data"] > 1:
+        knobs.append("--config.mesh.data=1 --config.mesh.fsdp=-1")
+    if not enough:
+        knobs.append(f"--config.mesh.tensor={2 * mesh.shape['tensor']}")
+        knobs.append("a topology of more chips")
     return ", or ".join(knobs)
 
 
