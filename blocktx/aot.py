@@ -108,16 +108,18 @@ def compile_decoding(
             f"config.model.context_length {model.context_length}"
         )
     slots = context // model.block_length
-    net, place = build(model), functools.partial(_place_rows, mesh=mesh, rows=batch_size)
+    net, by_row = build(model), functools.partial(_placed, sharding=batch_sharding(mesh))
     params, prompts = abstract_params(model, mesh), _prompts(model, batch_size, slots)
     if program == "prefill":
-        arguments = {"parameters": params, "prompts": place(prompts)}
+        arguments = {"parameters": params, "prompts": by_row(prompts)}
         with jax.set_mesh(mesh):
             lowered = loop.prefill.lower(net, *arguments.values())
         work = cost.extend(model, batch_size // parts, slots, slots)
     else:
-        state = jax.eval_shape(functools.partial(loop.prefill, net), params, prompts)
-        state, sampling, number = place((state, Sampling.create(rows=batch_size), jnp.int32(0)))
+        state = by_row(jax.eval_shape(functools.partial(loop.prefill, net), params, prompts))
+        choice = Sampling.create(rows=batch_size)
+        sampling, number = _placed((choice, jnp.int32(0)), replicated(mesh))
+        sampling = sampling.replace(seed_Bx2=by_row(choice.seed_Bx2))
         arguments = {
             "parameters": params,
             "cache": state.cache,
@@ -233,14 +235,8 @@ def _prompts(config: ModelConfig, rows: int, slots: int) -> Prompts:
     return Prompts(tokens, numbers, numbers, numbers, numbers, slots=slots)
 
 
-def _place_rows(tree: Any, mesh: Mesh, rows: int) -> Any:
-    """What has a row for each sequence, spread by them; the rest on every chip."""
-
-    def place(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = batch_sharding(mesh) if x.shape[:1] == (rows,) else replicated(mesh)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(place, tree)
+def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _part(program: Program, name: str) -> Computation | None:

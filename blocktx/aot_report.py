@@ -148,4 +148,4 @@ def _comparison(other: Report, reports: Sequence[Report]) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f} ms"
+    return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"

@@ -216,11 +216,11 @@ class Program:
         ]
 
     def depends_on_parameters_alone(self, computation: Computation, name: str) -> bool:
-        """Whether a value is made of nothing but arguments called `params`, and whole numbers.
+        """Whether a value is made of nothing but arguments called `params`, and constants.
 
         That tells the gathering of a weight from that of an activation.
         """
-        waiting, seen = [(computation, name, None)], set()
+        waiting, seen, found = [(computation, name, None)], set(), False
         while waiting:
             value = waiting.pop()
             computation, name, index = value
@@ -233,11 +233,12 @@ class Program:
             if operation.opcode == "parameter" and computation is self.entry:
                 if not re.search(r"(^|\.)params\b", operation.op_name):
                     return False
+                found = True
             elif operation.opcode == "parameter" and computation.name not in self._loops:
                 return False
             else:
                 waiting.extend(self._made_of(*value))
-        return True
+        return found
 
     def _made_of(self, computation: Computation, name: str, index: int | None):
         """The values that one is made of; of a tuple, the element `index`."""
