@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -157,13 +159,18 @@ class _Compilation:
     advice: Callable[[dict[str, float], float], str]  # for these kinds of memory, and a limit
 
     def report(self, lowered: jax.stages.Lowered, products: float, roofline: float) -> Report:
-        begin = time.perf_counter()
-        try:
-            compiled = lowered.compile(compiler_options=_OPTIONS[self.topology.platform])
-        except jax.errors.JaxRuntimeError as error:
-            raise self._out_of_memory(error) or error from error
-        seconds = time.perf_counter() - begin
-        program, chip = Program(compiled.as_text()), self.topology.chip
+        chip, begin = self.topology.chip, time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            options = _OPTIONS[self.topology.platform] | {
+                "xla_dump_to": folder,
+                "xla_dump_hlo_as_text": True,
+            }
+            try:
+                compiled = lowered.compile(compiler_options=options)
+            except jax.errors.JaxRuntimeError as error:
+                raise self._out_of_memory(error) or error from error
+            seconds = time.perf_counter() - begin
+            program = Program(_text(compiled, pathlib.Path(folder)))
         within = _part(program, self.program)
         found = hlo_cost.collectives(program, within)
         accessed = hlo_cost.hbm_bytes(program, within)
@@ -184,7 +191,7 @@ class _Compilation:
             collectives=found,
             seconds=chip.seconds(flops=products, hbm=accessed, sent=sum(c.sent for c in found)),
             roofline=roofline,
-            cycle_seconds=cycles / chip.clock if chip.clock else None,
+            cycle_seconds=None if cycles is None else cycles / chip.clock,
             compile_seconds=seconds,
         )
         if report.memory_total > chip.hbm_bytes:  # the compiler for GPUs does not look
@@ -242,6 +249,14 @@ def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 def _part(program: Program, name: str) -> Computation | None:
     """Of a program that generates: the loop's body, whose iterations are counted as they come."""
     return program.open_loops()[0][1] if name == "decode" else None
+
+
+def _text(compiled: jax.stages.Compiled, dumped: pathlib.Path) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # jaxlib cannot read all that libtpu writes (v5p does so)
+        (file,) = dumped.glob("*.after_optimizations.txt")
+        return file.read_text()
 
 
 def _bytes_on_a_chip(tree: Any) -> int:

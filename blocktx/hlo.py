@@ -123,7 +123,8 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
         self.entry: Computation | None = None
-        self._loops: dict[str, tuple[Operation, Computation]] = {}
+        self._loops: dict[str, tuple[Operation, Computation]] = {}  # by their bodies
+        self._calls: dict[str, tuple[Operation, Computation]] = {}  # by what they call
         current = None
         for line in text.splitlines():
             if current is not None and (match := _OPERATION.match(line)):
@@ -143,6 +144,8 @@ class Program:
             for operation in computation.operations.values():
                 if operation.opcode == "while":
                     self._loops[operation.attribute("body")] = (operation, computation)
+                elif operation.opcode in ("call", "async-start"):
+                    self._calls[operation.called] = (operation, computation)
 
     def executed(
         self, computation: Computation | None = None, *, all_branches: bool = False
@@ -234,7 +237,9 @@ class Program:
                 if not re.search(r"(^|\.)params\b", operation.op_name):
                     return False
                 found = True
-            elif operation.opcode == "parameter" and computation.name not in self._loops:
+            elif operation.opcode == "parameter" and (
+                computation.name not in self._loops and computation.name not in self._calls
+            ):
                 return False
             else:
                 waiting.extend(self._made_of(*value))
@@ -246,6 +251,9 @@ class Program:
         operands = operation.operands
         if operation.opcode == "get-tuple-element":
             yield computation, operands[0], int(operation.attribute("index"))
+        elif operation.opcode == "parameter" and computation.name in self._calls:
+            call, outside = self._calls[computation.name]
+            yield outside, call.operands[int(operation.argument)], index
         elif operation.opcode == "parameter":  # what went into a loop, or comes of an iteration
             loop, outside = self._loops[computation.name]
             yield outside, loop.operands[0], index

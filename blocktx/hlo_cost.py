@@ -50,14 +50,16 @@ def hbm_bytes(program: Program, within: Computation | None = None) -> int:
     return sum(done.times * _traffic(program, done) for done in program.executed(within))
 
 
-def cycles(program: Program, chip: Chip, within: Computation | None = None) -> int:
+def cycles(program: Program, chip: Chip, within: Computation | None = None) -> int | None:
     """The TPU compiler's estimate, which knows nothing of waiting for memory or other chips.
 
-    Of its kernels (Pallas) it has none: they count by the greater of their FLOPs and bytes.
+    Of its kernels (Pallas) it has none: they count by the greater of their FLOPs and bytes. None if
+    the text has no estimate at all, as for other chips.
     """
-    total = 0.0
+    total, found = 0.0, False
     for done in program.executed(within):
         estimate = done.operation.number("estimated_cycles")
+        found |= estimate is not None
         if estimate is None and _is_kernel(done.operation):
             work = chip.seconds(
                 flops=_flops(program, done.computation, done.operation),
@@ -65,7 +67,7 @@ def cycles(program: Program, chip: Chip, within: Computation | None = None) -> i
             )
             estimate = max(work.values()) * chip.clock
         total += done.times * (estimate or 0)
-    return round(total)
+    return round(total) if found else None
 
 
 def collectives(program: Program, within: Computation | None = None) -> list[Collective]:

@@ -124,7 +124,9 @@ def test_training_step_of_four_chips():
     assert report.memory["optimizer"] == pytest.approx(2 * report.memory["parameters"], rel=0.01)
     assert report.memory["parameters"] == pytest.approx(report.parameters, rel=0.05)
     assert report.cycle_seconds > report.roofline
-    assert {c.carries for c in report.collectives} <= {"parameters", "gradients", "scalars"}
+    assert {"parameters", "gradients"} < {c.carries for c in report.collectives}
+    for found in report.collectives:
+        assert found.carries != "activations" or "stack" not in found.where
     assert "binds" in table([report])
     assert json.loads(json.dumps(report.to_dict()))["binds"] == report.binds
 
@@ -140,8 +142,11 @@ def test_decoding_on_four_chips_tells_them_nothing(model):
         )
         assert report.mesh == {"data": 4, "fsdp": 1, "tensor": 1}
         assert report.collectives == []
-        assert report.flops == pytest.approx(report.products, rel=0.5)
         assert report.ratio > 0
+        if program == "decode":  # a prefill needs less: nobody wants the last layer's outputs
+            assert report.flops == pytest.approx(report.products, rel=0.2)
+        else:
+            assert 0 < report.flops < report.products
 
 
 @needs_libtpu
