@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from blocktx import cost, hlo_cost, loop
+from blocktx import cost, hlo_collectives, hlo_cost, loop
 from blocktx.aot_report import GIB, Report
 from blocktx.config import MeshConfig, RunConfig
 from blocktx.hlo import Computation, Program
@@ -172,7 +172,7 @@ class _Compilation:
             seconds = time.perf_counter() - begin
             program = Program(_text(compiled, pathlib.Path(folder)))
         within = _part(program, self.program)
-        found = hlo_cost.collectives(program, within)
+        found = hlo_collectives.collectives(program, within)
         accessed = hlo_cost.hbm_bytes(program, within)
         cycles = hlo_cost.cycles(program, chip, within)
         report = Report(

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from blocktx.hlo_cost import Collective
+from blocktx.hlo_collectives import Collective
 
 GIB = 2**30
 _SHOWN = 12  # collectives in the table; the JSON has all

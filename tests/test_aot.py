@@ -103,7 +103,7 @@ def test_other_errors_of_a_compiler_are_left_alone(monkeypatch):
     report = aot._Compilation.report
     lowered = types.SimpleNamespace(compile=lambda **options: (_ for _ in ()).throw(ERROR))
     compilation = types.SimpleNamespace(
-        topology=types.SimpleNamespace(platform="tpu"), _out_of_memory=lambda error: None
+        topology=types.SimpleNamespace(platform="tpu", chip=None), _out_of_memory=lambda error: None
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         report(compilation, lowered, 1.0, 1.0)

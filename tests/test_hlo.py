@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from test_cost import MODELS, batch_of
 
-from blocktx import cost, hlo_cost, model, step
+from blocktx import cost, hlo_collectives, hlo_cost, model, step
 from blocktx.chips import CHIPS
 from blocktx.config import RunConfig, TrainingConfig
 from blocktx.hlo import Program, Shape
@@ -41,7 +41,7 @@ def test_memory_traffic_is_of_what_is_used_and_outside_the_chip(program):
 
 
 def test_collectives_are_told_apart(program):
-    found = {(c.kind, c.carries): c for c in hlo_cost.collectives(program)}
+    found = {(c.kind, c.carries): c for c in hlo_collectives.collectives(program)}
     assert set(found) == {
         ("all-gather", "parameters"),
         ("all-gather", "activations"),
@@ -110,7 +110,7 @@ def test_program_of_this_machine_has_the_counted_products(name):
     program = Program(lowered.compile().as_text())
     assert hlo_cost.flops(program) == cost.train_step(run).flops
     assert not program.open_loops()
-    assert not hlo_cost.collectives(program)
+    assert not hlo_collectives.collectives(program)
 
 
 def test_open_loop_of_this_machine_is_found():
