@@ -110,23 +110,24 @@ def _likeliest(logits_V: jax.Array) -> jax.Array:
 def _draw(logits_V: jax.Array, sampling: Sampling, seed_2: jax.Array, position: jax.Array):
     """A token by its share of the probability that is kept.
 
-    The cumulative distribution is inverted for one random number. Noise for every token
-    (`jax.random.categorical`) costs more than the classifier that makes the logits, on a CPU.
+    The cumulative distribution is inverted for a random number. Noise for every token instead, as
+    `jax.random.categorical` takes, costs more than the classifier that makes the logits, on a CPU.
     """
     key = jax.random.fold_in(jax.random.key(seed_2[0]), seed_2[1])
     uniform_2 = jax.random.uniform(jax.random.fold_in(key, position), (2,))
     weight_V = jnp.exp((logits_V - logits_V.max()) / sampling.temperature)  # the likeliest has 1
 
-    def keep(do: jax.Array, order_V: jax.Array, amount_V: jax.Array, wanted: jax.Array):
-        return jax.lax.cond(  # a search in the vocabulary is worth avoiding
-            do,
-            lambda: jnp.where(order_V >= _threshold(order_V, amount_V, wanted), weight_V, 0),
-            lambda: weight_V,
-        )
+    def by_top_k() -> jax.Array:
+        least = _threshold(_ordered(logits_V), jnp.ones_like(weight_V), sampling.top_k)
+        return jnp.where(_ordered(logits_V) >= least, weight_V, 0)
 
-    top_k, top_p = sampling.top_k, sampling.top_p
-    weight_V = keep(top_k > 0, _ordered(logits_V), jnp.ones_like(weight_V), top_k)
-    weight_V = keep(top_p < 1, _ordered(weight_V), weight_V, top_p * _sum(weight_V))
+    def by_top_p(weight_V: jax.Array) -> jax.Array:
+        least = _threshold(_ordered(weight_V), weight_V, sampling.top_p * _sum(weight_V))
+        return jnp.where(_ordered(weight_V) >= least, weight_V, 0)
+
+    # A search in the vocabulary is worth avoiding.
+    weight_V = jax.lax.cond(sampling.top_k > 0, by_top_k, lambda: weight_V)
+    weight_V = jax.lax.cond(sampling.top_p < 1, by_top_p, lambda weight_V: weight_V, weight_V)
     weight_V = jnp.where(weight_V >= sampling.min_p, weight_V, 0)
 
     # Among sums of chunks first, then inside one: a sum along a whole vocabulary is slow.
@@ -161,7 +162,7 @@ def _ordered(x_V: jax.Array) -> jax.Array:
 def _threshold(order_V: jax.Array, amount_V: jax.Array, wanted: jax.Array) -> jax.Array:
     """The largest number such that what is not below it in `order_V` has the wanted amount.
 
-    Found bit by bit: some 32 sums are several times faster than to sort a vocabulary, on a TPU too.
+    Found bit by bit: 32 sums take a tenth of the time of sorting a vocabulary, on a CPU.
     """
 
     def with_bit(i: jax.Array, found: jax.Array) -> jax.Array:
