@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.cache import LayerCache
-from blocktx.layers import linear, rotary
+from blocktx.layers import Heads, linear, rotary
 from blocktx.model_config import ModelConfig, StackConfig
+from blocktx.short_attention import is_short, short_attention
 
 
 def attend(
@@ -42,6 +43,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     stack: StackConfig
+    window: bool = False  # over a block's positions: causal, and the first is real
 
     @nn.compact
     def __call__(
@@ -62,8 +64,13 @@ class Attention(nn.Module):
         Returns:
           `[T, D]`, and the cache with the T positions written (None without one).
         """
-        stack = self.stack
-        qkv = linear(self.config, (3, stack.heads, stack.head_size), name="qkv")(x_TxD)
+        config, stack = self.config, self.stack
+        out = linear(config, stack.width, axis=(-2, -1), name="out")
+        if config.platform == "tpu" and self.window and cache is None and is_short(stack, x_TxD):
+            q_k_v = Heads(config, 3, stack.heads, stack.head_size, name="qkv")(x_TxD)
+            y_TxD = short_attention(*q_k_v, mask_TxS[-1], stack)
+            return out(y_TxD.reshape(-1, stack.heads, stack.head_size)), None
+        qkv = linear(config, (3, stack.heads, stack.head_size), name="qkv")(x_TxD)
         q_TxHxC, k_TxHxC, v_TxHxC = qkv[:, 0], qkv[:, 1], qkv[:, 2]
         q_TxHxC = rotary(q_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
         k_TxHxC = rotary(k_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
@@ -72,5 +79,5 @@ class Attention(nn.Module):
         else:
             cache = cache.write(k_TxHxC, v_TxHxC, position_T[0])
             y_TxHxC = attend(q_TxHxC, cache.k_SxHxC, cache.v_SxHxC, mask_TxS)
-        y_TxHxC = y_TxHxC.astype(self.config.compute_dtype)
-        return linear(self.config, stack.width, axis=(-2, -1), name="out")(y_TxHxC), cache
+        y_TxHxC = y_TxHxC.astype(config.compute_dtype)
+        return out(y_TxHxC), cache

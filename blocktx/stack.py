@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from blocktx.attention import Attention, CrossAttention
 from blocktx.cache import Cache, LayerCache
-from blocktx.layers import MLP, layer_norm
+from blocktx.layers import MLP, layer_norm, normalize
 from blocktx.model_config import ModelConfig, StackConfig
 
 
@@ -21,6 +21,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     stack: StackConfig
+    window: bool = False  # as of `Attention`
 
     @nn.compact
     def __call__(
@@ -31,19 +32,20 @@ class Layer(nn.Module):
         memory_MxD: jax.Array | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        attention = Attention(self.config, self.stack, name="attention")
+        attention = Attention(self.config, self.stack, self.window, name="attention")
         mlp = MLP(self.config, self.stack.mlp_size, name="mlp")
-        attended_TxD, cache = attention(
-            layer_norm(self.config, name="attention_norm")(x_TxD), position_T, mask_TxS, cache
-        )
-        mlp_norm = layer_norm(self.config, name="mlp_norm")
+        norms = [layer_norm(self.config, name=f"{part}_norm") for part in ("attention", "mlp")]
         if memory_MxD is None:
-            return x_TxD + attended_TxD + mlp(mlp_norm(x_TxD)), cache
+            width = x_TxD.shape[-1]
+            inputs = normalize(self.config, x_TxD, [norm.weights(width) for norm in norms])
+            attended_TxD, cache = attention(inputs[0], position_T, mask_TxS, cache)
+            return x_TxD + attended_TxD + mlp(inputs[1]), cache
+        attended_TxD, cache = attention(norms[0](x_TxD), position_T, mask_TxS, cache)
         x_TxD += attended_TxD
         cross = CrossAttention(self.config, self.stack, name="cross_attention")
         cross_norm = layer_norm(self.config, name="cross_attention_norm")
         x_TxD += cross(cross_norm(x_TxD), memory_MxD)
-        return x_TxD + mlp(mlp_norm(x_TxD)), cache
+        return x_TxD + mlp(norms[1](x_TxD)), cache
 
 
 class Stack(nn.Module):
@@ -51,6 +53,7 @@ class Stack(nn.Module):
 
     config: ModelConfig
     stack: StackConfig
+    window: bool = False  # as of `Attention`
 
     @nn.compact
     def __call__(
@@ -80,13 +83,14 @@ class Stack(nn.Module):
                 in_axes=nn.broadcast,
                 length=layers,
             )
-            x_TxD, _ = scanned(self.config, self.stack, name="layers")(
+            x_TxD, _ = scanned(self.config, self.stack, self.window, name="layers")(
                 x_TxD, position_T, mask_TxS, memory_MxD
             )
         else:
             written = []
             for i in range(layers):
-                x_TxD, layer_cache = layer(self.config, self.stack, name=f"layers_{i}")(
+                one = layer(self.config, self.stack, self.window, name=f"layers_{i}")
+                x_TxD, layer_cache = one(
                     x_TxD, position_T, mask_TxS, memory_MxD, None if cache is None else cache[i]
                 )
                 written.append(layer_cache)

@@ -32,7 +32,7 @@ class TokenDecoder(nn.Module):
     def setup(self):
         config = self.config
         self.embed = embedding(config, config.token_decoder.width, name="embed")
-        self.stack = Stack(config, config.token_decoder)
+        self.stack = Stack(config, config.token_decoder, window=True)
         self.classifier = classifier(config, name="classifier")
         # P or K vectors out of one context, by one linear map.
         count = config.prefix_length if self._has_prefix else config.block_length
