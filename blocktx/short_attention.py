@@ -1,11 +1,11 @@
 """Causal self-attention over the few positions of a block, as a Pallas kernel for TPU.
 
-XLA gives a block's T x T scores of every head a tile of 8 x 128 of its own, of which T = 5 leaves
-3/5 of 1/25 in use. Here blocks lie along sublanes and the width along lanes, so that every tile is
-full, and positions are unrolled: the scores of all blocks for one query and one key are products
-along lanes, summed within each head by a matrix of ones that also spreads the sum back over the
-head's lanes. Softmax and what follows are then elementwise. Rotary positions are applied inside, and only
-the inputs are kept for the gradient. Both directions are bound by reading and writing once.
+XLA gives the T x T scores of each head of each block a tile of 8 x 128 of their own, of which T = 5
+leaves 39 of 40 places empty. Here blocks lie along sublanes and the width along lanes, so that
+every tile is full, and positions are unrolled: the scores of all blocks for one query and one key
+are products along lanes, summed within each head by a matrix of ones that also spreads the sum over
+the head's lanes. Softmax and what follows are then elementwise. Rotary positions are applied
+inside, and only the inputs are kept for the gradient.
 """
 
 import functools

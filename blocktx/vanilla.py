@@ -28,10 +28,13 @@ class Vanilla(nn.Module):
 
         `mask_BxT` is 1 for real tokens; padding is seen by no other token.
         """
-        hidden_BxTxD = vmap_method(BlockDecoder.__call__)(
+        return self.classifier(self.hidden(tokens_BxT, mask_BxT))
+
+    def hidden(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """What the classifier makes the logits of `__call__` from: float32 `[B, T, D]`."""
+        return vmap_method(BlockDecoder.__call__)(
             self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
         )
-        return self.classifier(hidden_BxTxD)
 
     def create_cache(self, batch: int, slots: int) -> Cache:
         return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
