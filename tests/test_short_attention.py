@@ -30,11 +30,11 @@ def over_batch(function, stack):
 
 
 @pytest.mark.parametrize(
-    "batch, blocks, positions, stack",
+    ("batch", "blocks", "positions", "stack"),
     [
         (2, 19, 5, stack(256, 4)),  # two tiles of lanes, two of rows
         (1, 3, 3, stack(128, 4, rotated=1.0)),
-        (1, 2, 15, stack(128, 1)),  # a head as wide as a tile
+        (1, 2, 8, stack(128, 1)),  # a head as wide as a tile
         (3, 1, 1, stack(256, 1, rotated=0.5)),  # and wider
         (1, 2, 4, stack(128, 8, rotated=0.0)),
     ],
