@@ -75,7 +75,9 @@ class Attention(nn.Module):
         q_TxHxC = rotary(q_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
         k_TxHxC = rotary(k_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
         if cache is None:
-            y_TxHxC = attend(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
+            # Scores and weights are larger than what they come from: on TPU, cheaper made again.
+            formulation = jax.checkpoint(attend) if config.platform == "tpu" else attend
+            y_TxHxC = formulation(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
         else:
             cache = cache.write(k_TxHxC, v_TxHxC, position_T[0])
             y_TxHxC = attend(q_TxHxC, cache.k_SxHxC, cache.v_SxHxC, mask_TxS)
