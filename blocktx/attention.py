@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.cache import LayerCache
-from blocktx.layers import linear, rotary
+from blocktx.layers import Heads, linear, rotary
 from blocktx.model_config import ModelConfig, StackConfig
 from blocktx.sharding import constrain
+from blocktx.short_attention import is_short, short_attention
 
 _HEADS = ("heads", "head_size")
 
@@ -45,6 +46,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     stack: StackConfig
+    window: bool = False  # over a block's positions: causal, and the first is real
 
     @nn.compact
     def __call__(
@@ -65,20 +67,27 @@ class Attention(nn.Module):
         Returns:
           `[T, D]`, and the cache with the T positions written (None without one).
         """
-        stack = self.stack
+        config, stack = self.config, self.stack
+        out = _out(config, stack.width)
+        if config.platform == "tpu" and self.window and cache is None and is_short(stack, x_TxD):
+            q_k_v = Heads(config, 3, stack.heads, stack.head_size, name="qkv")(x_TxD)
+            y_TxD = short_attention(*q_k_v, mask_TxS[-1], stack)
+            return out(y_TxD.reshape(-1, stack.heads, stack.head_size)), None
         shape = (3, stack.heads, stack.head_size)
-        qkv = linear(self.config, shape, name="qkv", axes=("width", "qkv", *_HEADS))(x_TxD)
+        qkv = linear(config, shape, name="qkv", axes=("width", "qkv", *_HEADS))(x_TxD)
         qkv = constrain(qkv, None, None, *_HEADS)
         q_TxHxC, k_TxHxC, v_TxHxC = qkv[:, 0], qkv[:, 1], qkv[:, 2]
         q_TxHxC = rotary(q_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
         k_TxHxC = rotary(k_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
         if cache is None:
-            y_TxHxC = attend(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
+            # Scores and weights are larger than what they come from: on TPU, cheaper made again.
+            formulation = jax.checkpoint(attend) if config.platform == "tpu" else attend
+            y_TxHxC = formulation(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
         else:
             cache = cache.write(k_TxHxC, v_TxHxC, position_T[0])
             y_TxHxC = attend(q_TxHxC, cache.k_SxHxC, cache.v_SxHxC, mask_TxS)
-        y_TxHxC = y_TxHxC.astype(self.config.compute_dtype)
-        return _out(self.config, stack.width)(y_TxHxC), cache
+        y_TxHxC = y_TxHxC.astype(config.compute_dtype)
+        return out(y_TxHxC), cache
 
 
 def _out(config: ModelConfig, width: int) -> nn.DenseGeneral:

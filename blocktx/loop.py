@@ -119,7 +119,7 @@ def _decode_block(
     def choose(logits_BxV: jax.Array, index: jax.Array | int, end_B: jax.Array):
         place_B = state.length_B * block_length + index
         given_B, past_B = place_B < state.begin_B, place_B >= end_B
-        drawn_B = sample(logits_BxV, sampling, place_B - state.begin_B)
+        drawn_B = sample(logits_BxV, sampling, place_B - state.begin_B, model.config.platform)
         token_B = jnp.where(past_B, pad_id, jnp.where(given_B, prompt_BxK[:, index], drawn_B))
         stopped_B = ~given_B & ~past_B & (token_B[:, None] == sampling.stop_X).any(-1)
         logprob_B = None

@@ -71,6 +71,13 @@ class BlockTransformer(nn.Module):
         decode = over_batch(over_blocks(TokenDecoder.__call__))
         return decode(self.token_decoder, context_BxNxnD, tokens_BxNxK, mask_BxNxK.astype(bool))
 
+    def hidden_blocks(
+        self, context_BxNxnD: jax.Array, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
+    ) -> jax.Array:
+        """What the classifier makes the logits of `decode_blocks` from: float32 `[B, N, K, E]`."""
+        decode = over_batch(over_blocks(TokenDecoder.hidden))
+        return decode(self.token_decoder, context_BxNxnD, tokens_BxNxK, mask_BxNxK.astype(bool))
+
     def embed_blocks(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
         """Input block embeddings `[B, N, n, D]`."""
         embed = over_batch(over_blocks(Embedder.__call__))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from blocktx.attention import Attention, CrossAttention
 from blocktx.cache import Cache, LayerCache
-from blocktx.layers import MLP, layer_norm
+from blocktx.layers import MLP, layer_norm, normalize
 from blocktx.model_config import ModelConfig, StackConfig
 from blocktx.sharding import constrain
 
@@ -28,6 +28,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     stack: StackConfig
+    window: bool = False  # as of `Attention`
 
     @nn.compact
     def __call__(
@@ -38,19 +39,20 @@ class Layer(nn.Module):
         memory_MxD: jax.Array | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        attention = Attention(self.config, self.stack, name="attention")
+        attention = Attention(self.config, self.stack, self.window, name="attention")
         mlp = MLP(self.config, self.stack.mlp_size, name="mlp")
-        attended_TxD, cache = attention(
-            layer_norm(self.config, name="attention_norm")(x_TxD), position_T, mask_TxS, cache
-        )
-        mlp_norm = layer_norm(self.config, name="mlp_norm")
+        norms = [layer_norm(self.config, name=f"{part}_norm") for part in ("attention", "mlp")]
         if memory_MxD is None:
-            return constrain(x_TxD + attended_TxD + mlp(mlp_norm(x_TxD)), None, None), cache
+            width = x_TxD.shape[-1]
+            inputs = normalize(self.config, x_TxD, [norm.weights(width) for norm in norms])
+            attended_TxD, cache = attention(inputs[0], position_T, mask_TxS, cache)
+            return constrain(x_TxD + attended_TxD + mlp(inputs[1]), None, None), cache
+        attended_TxD, cache = attention(norms[0](x_TxD), position_T, mask_TxS, cache)
         x_TxD += attended_TxD
         cross = CrossAttention(self.config, self.stack, name="cross_attention")
         cross_norm = layer_norm(self.config, name="cross_attention_norm")
         x_TxD += cross(cross_norm(x_TxD), memory_MxD)
-        return constrain(x_TxD + mlp(mlp_norm(x_TxD)), None, None), cache
+        return constrain(x_TxD + mlp(norms[1](x_TxD)), None, None), cache
 
 
 class Stack(nn.Module):
@@ -58,6 +60,7 @@ class Stack(nn.Module):
 
     config: ModelConfig
     stack: StackConfig
+    window: bool = False  # as of `Attention`
 
     @nn.compact
     def __call__(
@@ -88,13 +91,14 @@ class Stack(nn.Module):
                 length=layers,
                 metadata_params={nn.meta.PARTITION_NAME: "layers"},
             )
-            x_TxD, _ = scanned(self.config, self.stack, name="layers")(
+            x_TxD, _ = scanned(self.config, self.stack, self.window, name="layers")(
                 x_TxD, position_T, mask_TxS, memory_MxD
             )
         else:
             written = []
             for i in range(layers):
-                x_TxD, layer_cache = layer(self.config, self.stack, name=f"layers_{i}")(
+                one = layer(self.config, self.stack, self.window, name=f"layers_{i}")
+                x_TxD, layer_cache = one(
                     x_TxD, position_T, mask_TxS, memory_MxD, None if cache is None else cache[i]
                 )
                 written.append(layer_cache)

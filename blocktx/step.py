@@ -111,18 +111,24 @@ def train_step(
         sums = training_sums(model, params, part["tokens"], part["mask"], config.loss)
         return sum(weights[name] * sums[name] / counts[name] for name in weights), sums
 
-    def accumulate(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
+    def gradient(part: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(state.params, part)
-        return jax.tree.map(jnp.add, total, (sums, grads)), None
+        return sums, grads
+
+    def accumulate(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(part)), None
 
     def split(x: jax.Array) -> jax.Array:
         # Each part takes every M-th row, so that it is spread over all devices that hold the batch.
-        parts = config.training.microbatches
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
-    zeros = jax.tree.map(jnp.zeros_like, (counts, state.params))
-    parts = {name: split(batch[name]) for name in ("tokens", "mask")}
-    (sums, grads), _ = jax.lax.scan(accumulate, zeros, parts)
+    parts = config.training.microbatches
+    rows = {name: batch[name] for name in ("tokens", "mask")}
+    if parts == 1:
+        sums, grads = gradient(rows)
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, (counts, state.params))
+        (sums, grads), _ = jax.lax.scan(accumulate, zeros, jax.tree.map(split, rows))
 
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

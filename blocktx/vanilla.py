@@ -29,10 +29,14 @@ class Vanilla(nn.Module):
 
         `mask_BxT` is 1 for real tokens; padding is seen by no other token.
         """
-        hidden_BxTxD = over_batch(BlockDecoder.__call__)(
+        logits_BxTxV = self.classifier(self.hidden(tokens_BxT, mask_BxT))
+        return constrain(logits_BxTxV, "batch", "positions", "vocab")
+
+    def hidden(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """What the classifier makes the logits of `__call__` from: float32 `[B, T, D]`."""
+        return over_batch(BlockDecoder.__call__)(
             self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
         )
-        return constrain(self.classifier(hidden_BxTxD), "batch", "positions", "vocab")
 
     def create_cache(self, batch: int, slots: int) -> Cache:
         return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
