@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from blocktx.cache import LayerCache
 from blocktx.layers import linear, rotary
 from blocktx.model_config import ModelConfig, StackConfig
+from blocktx.sharding import constrain
+
+_HEADS = ("heads", "head_size")
 
 
 def attend(
@@ -30,11 +33,11 @@ class CrossAttention(nn.Module):
     def __call__(self, x_TxD: jax.Array, memory_MxD: jax.Array) -> jax.Array:
         stack = self.stack
         shape = (stack.heads, stack.head_size)
-        q_TxHxC = linear(self.config, shape, name="q")(x_TxD)
-        kv = linear(self.config, (2, *shape), name="kv")(memory_MxD)
+        q_TxHxC = linear(self.config, shape, name="q", axes=("width", *_HEADS))(x_TxD)
+        kv = linear(self.config, (2, *shape), name="kv", axes=("width", "qkv", *_HEADS))(memory_MxD)
         mask_TxM = jnp.ones((x_TxD.shape[0], memory_MxD.shape[0]), bool)
         y_TxHxC = attend(q_TxHxC, kv[:, 0], kv[:, 1], mask_TxM)
-        return linear(self.config, stack.width, axis=(-2, -1), name="out")(y_TxHxC)
+        return _out(self.config, stack.width)(y_TxHxC)
 
 
 class Attention(nn.Module):
@@ -63,7 +66,9 @@ class Attention(nn.Module):
           `[T, D]`, and the cache with the T positions written (None without one).
         """
         stack = self.stack
-        qkv = linear(self.config, (3, stack.heads, stack.head_size), name="qkv")(x_TxD)
+        shape = (3, stack.heads, stack.head_size)
+        qkv = linear(self.config, shape, name="qkv", axes=("width", "qkv", *_HEADS))(x_TxD)
+        qkv = constrain(qkv, None, None, *_HEADS)
         q_TxHxC, k_TxHxC, v_TxHxC = qkv[:, 0], qkv[:, 1], qkv[:, 2]
         q_TxHxC = rotary(q_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
         k_TxHxC = rotary(k_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
@@ -73,4 +78,8 @@ class Attention(nn.Module):
             cache = cache.write(k_TxHxC, v_TxHxC, position_T[0])
             y_TxHxC = attend(q_TxHxC, cache.k_SxHxC, cache.v_SxHxC, mask_TxS)
         y_TxHxC = y_TxHxC.astype(self.config.compute_dtype)
-        return linear(self.config, stack.width, axis=(-2, -1), name="out")(y_TxHxC), cache
+        return _out(self.config, stack.width)(y_TxHxC), cache
+
+
+def _out(config: ModelConfig, width: int) -> nn.DenseGeneral:
+    return linear(config, width, axis=(-2, -1), name="out", axes=(*_HEADS, "width"))

@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh, Sharding
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from blocktx.checkpoint_folder import (
     FORMAT_VERSION,
-    abstract_params,
     check_names_and_shapes,
     check_same_run,
     find,
@@ -31,6 +31,7 @@ from blocktx.checkpoint_folder import (
     read_metadata,
 )
 from blocktx.config import RunConfig, to_dict
+from blocktx.model import abstract_params
 from blocktx.model_config import ModelConfig
 
 
@@ -167,7 +168,7 @@ def save_params(
 
 def load_params(
     path: epath.PathLike,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Mesh | Sharding | None = None,
     model: ModelConfig | None = None,
 ) -> Checkpoint:
     """The parameters of a checkpoint, whatever devices it was saved from; nothing else is read.
@@ -175,7 +176,8 @@ def load_params(
     Args:
       path: a run's folder or its `checkpoints` folder, which mean the newest checkpoint in them, or
         the folder of one step.
-      sharding: where every array goes; None puts them on this process's first device.
+      sharding: where every array goes; or a mesh, over which they are spread by the rules of
+        `blocktx.sharding`. None puts them on this process's first device.
       model: what the parameters have to fit, and in whose `param_dtype` they come; None: the
         checkpoint's own configuration.
 

@@ -9,8 +9,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from blocktx.config import RunConfig, from_config_dict, to_dict
-from blocktx.model import build, init_params
-from blocktx.model_config import ModelConfig
 
 FORMAT_VERSION = 1
 
@@ -31,13 +29,6 @@ def local_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"workdir: cannot write to {path}: no permission for {existing}")
     return path
-
-
-def abstract_params(config: ModelConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    """The parameters of a model as ShapeDtypeStructs that all have one sharding."""
-    model = build(config)
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def has_checkpoint(workdir: epath.PathLike) -> bool:

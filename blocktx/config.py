@@ -122,6 +122,23 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of a run are arranged (`blocktx.sharding`); one may be -1, for the rest."""
+
+    data: int = 1  # parts of the batch, each on devices that hold all of the model together
+    fsdp: int = -1  # parts of the batch, over which parameters and optimizer are cut up too
+    tensor: int = 1  # parts of each layer: of its heads, its MLP, and of the vocabulary
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            require(size == -1 or size > 0, axis, f"got {size}, must be 1 or more, or -1")
+        require(
+            list(sizes.values()).count(-1) <= 1, "data", f"only one axis can be -1, got {sizes}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that determines a run."""
 
@@ -130,6 +147,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
     seed: int = 0
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""What a run measures, shown: progress bar, metrics.jsonl, TensorBoard files, plot of the loss."""
+"""What a run measures, kept: metrics.jsonl, TensorBoard files, plot of the loss."""
 
 import json
 import math
@@ -12,21 +12,32 @@ import tensorboardX
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
-from tqdm import tqdm
-
-from blocktx.config import TrainingConfig
 
 
 class MetricsWriter:
-    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`, for use in a `with` block."""
+    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`, for use in a `with` block.
+
+    Of several processes only the first writes.
+
+    Attributes:
+      began: when the first line of the run was written, in seconds since 1970; now, if none was.
+      productive: seconds that its steps had taken by the last line.
+    """
 
     def __init__(self, workdir: str | os.PathLike[str], after_step: int = 0):
         """Drops what was written for steps later than `after_step`, from where the run goes on."""
+        self.began, self.productive = time.time(), 0.0
+        self._lines = self._board = None
+        if jax.process_index() > 0:
+            return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         if path.exists():
             kept = [line for line in read(workdir) if line["step"] <= after_step]
+            for line in reversed(kept):
+                self.began = line.get("time", self.began)
+                self.productive = max(self.productive, line.get("train/productive_seconds", 0.0))
             temporary = path.with_suffix(".jsonl.tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, path)
@@ -39,81 +50,19 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lines.close()
-        self._board.close()
+        if self._lines is not None:
+            self._lines.close()
+            self._board.close()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes one line `{"step": step, name: value, ...}`; not finite is null."""
+        """Writes one line `{"step": step, "time": now, name: value, ...}`; not finite is null."""
+        if self._lines is None:
+            return
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+        line = {"step": step, "time": round(time.time(), 3), **finite}
+        self._lines.write(json.dumps(line) + "\n")
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
-
-
-class Progress:
-    """Reads each step's metrics while the device works on the next step, and shows them.
-
-    On a terminal as a bar on stderr, elsewhere as lines on stdout; in any case they are written
-    every `log_every` steps.
-    """
-
-    def __init__(self, writer: MetricsWriter, training: TrainingConfig, start: int):
-        self._writer, self._training, self._start = writer, training, start
-        self._bar = tqdm(total=training.steps, initial=start, unit=" steps", disable=None)
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._since: float | None = None  # since when tokens are counted, if they are
-        self._until, self._tokens = 0.0, 0
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Keeps the metrics of `train_step` for later, and reads those of the step before.
-
-        Raises:
-          FloatingPointError: if that step's loss or gradient is not finite.
-        """
-        pending, self._pending = self._pending, (step, metrics)
-        if pending is not None:
-            self._read(*pending)
-
-    def flush(self) -> None:
-        """Reads all metrics, as `add`. What is done before the next step is not timed."""
-        if self._pending is not None:
-            # Others are timed when the next step is under way; without a next one, tokens are not
-            # comparable with times.
-            self._read(*self._pending, timed=False)
-        self._pending, self._since, self._tokens = None, None, 0
-
-    def _read(self, step: int, metrics: dict[str, jax.Array], timed: bool = True) -> None:
-        values = {name: value.item() for name, value in metrics.items()}  # waits for the step
-        tokens = values.pop("tokens")
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise FloatingPointError(
-                f"step {step}: the loss is {values['loss']}, the gradient's norm "
-                f"{values['grad_norm']}"
-            )
-        shown = f"loss={values['loss']:.3f}"
-        if timed:
-            self._until = time.perf_counter()
-            if self._since is None:  # this step compiled, or began before an evaluation or a save
-                self._since = self._until
-            else:
-                self._tokens += tokens
-        if self._tokens:
-            values["tokens_per_second"] = self._tokens / (self._until - self._since)
-            shown += f" tokens/s={values['tokens_per_second']:,.0f}"
-        self._bar.set_postfix_str(shown, refresh=False)
-        self._bar.update()
-        ends = (self._start + 1, self._training.steps)
-        if step in ends or step % self._training.log_every == 0:
-            self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
-            self._since, self._tokens = self._until, 0
-            if self._bar.disable:
-                print(f"step={step} {shown}", flush=True)
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, float | None]]:

@@ -10,6 +10,13 @@ from blocktx.attention import Attention, CrossAttention
 from blocktx.cache import Cache, LayerCache
 from blocktx.layers import MLP, layer_norm
 from blocktx.model_config import ModelConfig, StackConfig
+from blocktx.sharding import constrain
+
+_KEPT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 class Layer(nn.Module):
@@ -38,12 +45,12 @@ class Layer(nn.Module):
         )
         mlp_norm = layer_norm(self.config, name="mlp_norm")
         if memory_MxD is None:
-            return x_TxD + attended_TxD + mlp(mlp_norm(x_TxD)), cache
+            return constrain(x_TxD + attended_TxD + mlp(mlp_norm(x_TxD)), None, None), cache
         x_TxD += attended_TxD
         cross = CrossAttention(self.config, self.stack, name="cross_attention")
         cross_norm = layer_norm(self.config, name="cross_attention_norm")
         x_TxD += cross(cross_norm(x_TxD), memory_MxD)
-        return x_TxD + mlp(mlp_norm(x_TxD)), cache
+        return constrain(x_TxD + mlp(mlp_norm(x_TxD)), None, None), cache
 
 
 class Stack(nn.Module):
@@ -68,8 +75,8 @@ class Stack(nn.Module):
         """
         layers, scan = self.stack.layers, self.config.scan_layers
         layer = Layer
-        if self.config.remat == "full":
-            layer = nn.remat(Layer, prevent_cse=not scan)  # scan is a barrier of its own
+        if self.config.remat != "none":  # scan is a barrier of its own
+            layer = nn.remat(Layer, prevent_cse=not scan, policy=_KEPT[self.config.remat])
         if scan:
             if cache is not None:
                 raise ValueError("decoding takes separate layers; see blocktx.stack.unstack_layers")
@@ -79,6 +86,7 @@ class Stack(nn.Module):
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=layers,
+                metadata_params={nn.meta.PARTITION_NAME: "layers"},
             )
             x_TxD, _ = scanned(self.config, self.stack, name="layers")(
                 x_TxD, position_T, mask_TxS, memory_MxD

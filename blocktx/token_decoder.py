@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from blocktx.cache import Cache, causal_mask
 from blocktx.layers import classifier, embedding, linear
 from blocktx.model_config import BlockConfig
+from blocktx.sharding import constrain
 from blocktx.stack import Stack
 
 
@@ -36,7 +37,12 @@ class TokenDecoder(nn.Module):
         self.classifier = classifier(config, name="classifier")
         # P or K vectors out of one context, by one linear map.
         count = config.prefix_length if self._has_prefix else config.block_length
-        self.expansion = linear(config, (count, config.token_decoder.width), name="expansion")
+        self.expansion = linear(
+            config,
+            (count, config.token_decoder.width),
+            name="expansion",
+            axes=("width", "positions", "width"),
+        )
 
     @property
     def _has_prefix(self) -> bool:
@@ -51,7 +57,7 @@ class TokenDecoder(nn.Module):
         real_T = jnp.concatenate([jnp.ones(first, bool), mask_K[:-1]])
         mask_TxT = real_T & causal_mask(position_T, position_T.size)
         hidden_TxE, _ = self._run(x_TxE, position_T, mask_TxT, condition_KxE, None)
-        return self.classifier(hidden_TxE[first - 1 :])
+        return constrain(self.classifier(hidden_TxE[first - 1 :]), None, "vocab")
 
     def start(self, context_D: jax.Array, cache: Cache) -> tuple[jax.Array, TokenCache]:
         """Logits `[V]` of a block's first token, and a cache that knows the context."""

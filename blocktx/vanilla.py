@@ -9,8 +9,9 @@ import jax
 
 from blocktx.block_decoder import BlockDecoder
 from blocktx.cache import Cache, create_cache
-from blocktx.layers import classifier, embedding, vmap_method
+from blocktx.layers import classifier, embedding, over_batch
 from blocktx.model_config import VanillaConfig
+from blocktx.sharding import constrain
 
 
 class Vanilla(nn.Module):
@@ -28,10 +29,10 @@ class Vanilla(nn.Module):
 
         `mask_BxT` is 1 for real tokens; padding is seen by no other token.
         """
-        hidden_BxTxD = vmap_method(BlockDecoder.__call__)(
+        hidden_BxTxD = over_batch(BlockDecoder.__call__)(
             self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
         )
-        return self.classifier(hidden_BxTxD)
+        return constrain(self.classifier(hidden_BxTxD), "batch", "positions", "vocab")
 
     def create_cache(self, batch: int, slots: int) -> Cache:
         return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
@@ -40,7 +41,7 @@ class Vanilla(nn.Module):
         self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array, start_B: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         del mask_BxNxK  # a token of padding is hidden behind the next `start_B`
-        return vmap_method(BlockDecoder.extend)(
+        return over_batch(BlockDecoder.extend)(
             self.decoder, self.embed(tokens_BxNxK), start_B, cache
         )
 

@@ -24,8 +24,9 @@ from saved_run import (
 )
 
 from blocktx.checkpoint import Checkpoints, load_params
-from blocktx.checkpoint_folder import abstract_params, local_workdir
+from blocktx.checkpoint_folder import local_workdir
 from blocktx.config import DataConfig, OptimizerConfig, TrainingConfig
+from blocktx.model import abstract_params
 from blocktx.model_config import VanillaConfig
 
 
