@@ -33,6 +33,7 @@ from blocktx.checkpoint_folder import (
 from blocktx.config import RunConfig, to_dict
 from blocktx.model import abstract_params
 from blocktx.model_config import ModelConfig
+from blocktx.run_folder import absolute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, config: RunConfig):
         self._config, self._version = config, _version()  # it must not fail at the first save
-        self.directory = epath.Path(workdir).absolute() / "checkpoints"
+        self.directory = absolute(workdir) / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -142,7 +143,7 @@ def save_params(
     Raises:
       FileExistsError: if there is something at `workdir`.
     """
-    path = epath.Path(workdir).expanduser().absolute()
+    path = absolute(workdir)
     if path.exists():
         raise FileExistsError(f"{workdir}: exists already; choose another folder")
     unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}"

@@ -1,7 +1,5 @@
 """The folder of a checkpoint: finding it, reading it, and checking that it is what is asked for."""
 
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -9,26 +7,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from blocktx.config import RunConfig, from_config_dict, to_dict
+from blocktx.run_folder import absolute
 
 FORMAT_VERSION = 1
-
-
-def local_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """The absolute path of a run's folder that is there or can be made; makes nothing.
-
-    Raises:
-      ValueError: if it is not local.
-      NotADirectoryError, PermissionError: if it cannot be made or written to.
-    """
-    if "://" in os.fspath(workdir):
-        raise ValueError(f"workdir: {workdir} is not a local folder; training writes only to those")
-    path = pathlib.Path(workdir).expanduser().absolute()
-    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    if not existing.is_dir():
-        raise NotADirectoryError(f"workdir: cannot make {path}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"workdir: cannot write to {path}: no permission for {existing}")
-    return path
 
 
 def has_checkpoint(workdir: epath.PathLike) -> bool:
@@ -46,7 +27,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
       FileNotFoundError: if there is no such folder or no finished checkpoint in it.
     """
-    path = epath.Path(path).expanduser().absolute()
+    path = absolute(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such folder")
     if (path / "_CHECKPOINT_METADATA").exists():  # orbax marks each checkpoint with this file

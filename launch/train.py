@@ -14,10 +14,9 @@ It ends with 0 when all is trained; 1: an error that somebody must look at; 2: a
 flags; 130: Ctrl-C; 143: saved, after SIGTERM or a notice of maintenance; others: a crash.
 """
 
-import pathlib
-
 import jax
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from blocktx import command_line, distributed
@@ -65,7 +64,7 @@ def main() -> None:
     train(from_config_dict(_CONFIG.value), _WORKDIR.value, resume=_RESUME.value)
     if jax.process_index():
         return
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = epath.Path(_WORKDIR.value)
     print(f"checkpoints in {workdir / 'checkpoints'}, loss curve in {workdir / 'loss.png'}")
     print(f"python launch/generate.py --checkpoint={workdir} --prompt='...'")
 
