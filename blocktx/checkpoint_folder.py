@@ -125,8 +125,9 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def check_same_run(folder: epath.Path, saved: RunConfig, config: RunConfig) -> None:
     """Raises a ValueError that lists all fields in which a run must not differ from its resumption.
 
-    Those are `model`, `data`, `seed` and `training.batch_size`; but the cache may lie elsewhere,
-    and `model.remat` and `model.platform` only say how to compute.
+    Those are `model`, `data`, `seed`, `training.batch_size`, and of the optimizer `name` and
+    `moment_dtype`; but the cache may lie elsewhere, and `model.remat` and `model.platform` only say
+    how to compute.
     """
     old, new = _fixed_fields(saved), _fixed_fields(config)
     problems = [
@@ -158,4 +159,6 @@ def _fixed_fields(config: RunConfig) -> dict[str, Any]:
     for name in ("remat", "platform"):  # the same function, computed another way
         del fields[f"config.model.{name}"]
     fields["config.training.batch_size"] = config.training.batch_size  # the data's state counts it
+    for name in ("name", "moment_dtype"):  # what the optimizer's state consists of
+        fields[f"config.optimizer.{name}"] = whole["optimizer"][name]
     return fields

@@ -17,6 +17,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from blocktx.model_config import (
+    Dtype,
     FieldError,
     ModelConfig,
     divisors,
@@ -49,15 +50,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping and a schedule (paper, tables 1 and 3)."""
+    """Clipping, an optimizer of optax and a schedule (paper, tables 1 and 3: AdamW)."""
 
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3  # the peak
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = 0
     final_fraction: float = 0.0  # of the peak, where linear and cosine schedules end
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # of the first moment; adafactor has none
+    beta2: float = 0.95  # of the second; adafactor has a schedule of its own
+    eps: float = 1e-8  # of adamw, and of muon where it is that
+    moment_dtype: Dtype = "float32"  # of the first moment
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
 
