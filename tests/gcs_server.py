@@ -79,10 +79,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._batch(body)
         elif len(path) == 3:
             self._upload(query, body)
-        elif path[4] == "rewriteTo":  # b/FROM/o/NAME/rewriteTo/b/TO/o/NAME
-            source = self._find(path[3], {})
-            copy = self._write(path[8], source["data"], query, answer=False)
-            self._json({"done": True, "resource": _resource(path[8], copy)})
         else:
             self._error(501)
 
@@ -132,17 +128,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         now = self.objects[name]["generation"] if name in self.objects else "0"
         return wanted is None or wanted == now
 
-    def _write(self, name, data, query, answer=True):
+    def _write(self, name, data, query):
         with self.lock:
             holds = self._holds(name, query)
             if holds:
                 written = {"data": data, "generation": str(next(self.generations))}
                 self.objects[name] = written
-        if not holds:
-            self._error(412)
-        elif answer:
+        if holds:
             self._json(_resource(name, written))
-        return written if holds else None
+        else:
+            self._error(412)
 
     def _upload(self, query, body):
         if "upload_id" in query:  # a chunk of one; `bytes 0-9/*` says that there are more
