@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import pathlib
 import re
 import sys
@@ -46,6 +47,13 @@ def run(main: Callable[[], None], required: tuple[str, ...]) -> None:
             fail("interrupted", code=130)
 
     app.run(checked, flags_parser=_parse)
+
+
+def keep_compiled(folder: str) -> None:
+    """Makes JAX keep what it compiles in `folder`, and find it there; "" is no folder."""
+    if folder and "://" not in folder:
+        folder = os.path.expanduser(folder)
+    jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import jax
 from tqdm import tqdm
 
+from blocktx import cost
+from blocktx.chips import find_chip
 from blocktx.config import RunConfig
 from blocktx.metrics import MetricsWriter
 
@@ -21,7 +23,9 @@ class Progress:
     Beside what `train_step` returns it measures, since the last line: `step_seconds`,
     `tokens_per_second`, `input_fraction` (of the time, in which the device had nothing to do but
     to wait for data), and since the run began, pauses between restarts included, `goodput` (the
-    share of the time that went into steps, not into starting, compiling, saving or evaluating).
+    share of the time that went into steps, not into starting, compiling, saving or evaluating);
+    on chips whose peak is known (`blocktx.chips`) also `mfu`, the share of it that the model's
+    FLOPs reach (`blocktx.cost`; what is computed again does not count), and `peak_memory_bytes`.
 
     Attributes:
       stop: whether a process was asked to stop, according to the last metrics that were read.
@@ -37,6 +41,9 @@ class Progress:
         self._since: float | None = None  # since when tokens are counted, if they are
         self._until, self._tokens, self._steps, self._waited = 0.0, 0, 0, 0.0
         self._began, self._productive = writer.began, writer.productive
+        chip = find_chip(jax.devices()[0].device_kind)
+        flops = cost.train_step(config).flops
+        self._least_seconds = flops / (chip.flops * jax.device_count()) if chip else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -97,6 +104,8 @@ class Progress:
             measured = self._measured()
             values |= measured
             shown += f" tokens/s={measured['tokens_per_second']:,.0f}"
+            if "mfu" in measured:
+                shown += f" mfu={measured['mfu']:.1%}"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
         ends = (self._start + 1, self._training.steps)
@@ -115,6 +124,8 @@ class Progress:
             "productive_seconds": self._productive,
             "goodput": self._productive / max(time.time() - self._began, self._productive),
         }
+        if self._least_seconds is not None:
+            measured["mfu"] = self._least_seconds * self._steps / seconds
         memory = jax.local_devices()[0].memory_stats()  # none on a CPU
         if memory and "peak_bytes_in_use" in memory:
             measured["peak_memory_bytes"] = memory["peak_bytes_in_use"]

@@ -65,7 +65,7 @@ def train(
       config: the run.
       workdir: its folder, on a disk or gs://bucket/...
       resume: whether the folder may hold the run already.
-      profile: steps of which `jax.profiler` writes a trace, to `workdir/profile`.
+      profile: of which steps, counted from 0, `jax.profiler` writes a trace to `workdir/profile`.
 
     Raises:
       SystemExit: after SIGINT or SIGTERM with steps left to take, with the code 128 + signal.

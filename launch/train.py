@@ -27,6 +27,17 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A Python file whose get_config() describes the run (see configs/)."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: new, or to be resumed.")
+_PROFILE = flags.DEFINE_string(
+    "profile",
+    "",
+    "FIRST:LAST, numbers of steps of which jax.profiler writes a trace to WORKDIR/profile (look at "
+    "it in TensorBoard or xprof).",
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "~/.cache/blocktx/compiled",
+    "A folder, also gs://, that keeps compiled programs for the next start; empty for none.",
+)
 _RESUME = flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint in --workdir.")
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -49,7 +60,18 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 )
 
 
+def _profile() -> range:
+    if not _PROFILE.value:
+        return range(0)
+    first, _, last = _PROFILE.value.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        raise ValueError(f"--profile: got {_PROFILE.value!r}, expected FIRST:LAST, as in 10:12")
+    return range(int(first) - 1, int(last))
+
+
 def main() -> None:
+    profile = _profile()
+    command_line.keep_compiled(_COMPILATION_CACHE.value)
     try:
         distributed.initialize(
             _DISTRIBUTED.value,
@@ -61,7 +83,7 @@ def main() -> None:
         )
     except ValueError as error:
         command_line.fail(f"--{error}")
-    train(from_config_dict(_CONFIG.value), _WORKDIR.value, resume=_RESUME.value)
+    train(from_config_dict(_CONFIG.value), _WORKDIR.value, resume=_RESUME.value, profile=profile)
     if jax.process_index():
         return
     workdir = epath.Path(_WORKDIR.value)
