@@ -57,9 +57,9 @@ def train(
     With several processes (`jax.distributed`) all call this, with the same arguments and a
     `workdir` that all see; each reads its own rows of every batch, and the first reports.
 
-    SIGINT (Ctrl-C) and SIGTERM, if this is the main thread, end training after the step under way
-    and with a checkpoint, in all processes if one gets it; a second one, or one before the first
-    step, stops at once.
+    SIGINT (Ctrl-C) and SIGTERM, if this is the main thread, and notices that a Google VM will be
+    stopped, end training after the step under way and with a checkpoint, in all processes if one
+    gets it. SIGINT after that, or a signal before the first step, stops at once.
 
     Args:
       config: the run.
