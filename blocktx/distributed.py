@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import threading
+import time
 from typing import NoReturn
 
 import jax
@@ -164,14 +165,18 @@ def _environment_integer(name: str) -> int:
 
 def _end_after(seconds: int, connected: threading.Event) -> None:
     """Ends the program with code 1 unless `connected` comes in time. Runs in a thread."""
-    if connected.wait(seconds):
-        return
+    end, came = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        if connected.wait(1):
+            return
+        # Those that came may leave a moment before this one gives up as well.
+        came = max((n for n in (came, _connections()) if n is not None), default=None)
     # jax.distributed ends the process from C++, so this has to come before and tell.
-    print(f"error: {_who_is_missing(seconds)}", file=sys.stderr, flush=True)
+    print(f"error: {_who_is_missing(seconds, came)}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
-def _who_is_missing(seconds: int) -> str:
+def _who_is_missing(seconds: int, came: int | None) -> str:
     from jax._src.distributed import global_state as known  # only for the message
 
     index, count, address = known.process_id, known.num_processes, known.coordinator_address
@@ -187,7 +192,6 @@ def _who_is_missing(seconds: int) -> str:
             f"{here} for process 0 at {address} and the others; process 0, if it runs, says how "
             f"many came; {rest}"
         )
-    came = _connections()
     said = "not all came" if came is None else f"{came} of {count} came (itself included)"
     return f"{here} at {address}: {said}; {rest}"
 

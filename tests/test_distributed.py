@@ -75,12 +75,12 @@ def test_two_processes_are_one():
 
 
 def test_missing_process_is_counted():
-    with start([0, 1], count=3, timeout=20) as processes:
+    with start([0, 1], count=3, timeout=15) as processes:
         first, second = (process.communicate(timeout=60)[1] for process in processes)
     assert [process.returncode for process in processes] == [1, 1]
-    assert "error: distributed: process 0 of 3 waited 20 seconds" in first
+    assert "error: distributed: process 0 of 3 waited 15 seconds" in first
     assert ": 2 of 3 came (itself included); start the same command on every host" in first
-    assert "error: distributed: process 1 of 3 waited 20 seconds for process 0 at 127." in second
+    assert "error: distributed: process 1 of 3 waited 15 seconds for process 0 at 127." in second
     assert "stack trace" not in first + second
 
 
