@@ -33,6 +33,7 @@ from blocktx.checkpoint_folder import (
 from blocktx.config import RunConfig, to_dict
 from blocktx.model import abstract_params
 from blocktx.model_config import ModelConfig
+from blocktx.run_folder import absolute
 from blocktx.safetensors_folder import is_safetensors, read_config, read_params
 
 
@@ -65,7 +66,7 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, config: RunConfig):
         self._config = config
         self._version = blocktx_version()  # it must not fail at the first save
-        self.directory = epath.Path(workdir).absolute() / "checkpoints"
+        self.directory = absolute(workdir) / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(

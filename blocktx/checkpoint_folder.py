@@ -2,8 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import os
-import pathlib
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from blocktx.config import RunConfig, from_config_dict, to_dict
+from blocktx.run_folder import absolute
 
 FORMAT_VERSION = 1
 Shapes = dict[str, tuple[int, ...]]
@@ -26,24 +25,6 @@ def blocktx_version() -> str:
         return "unknown"
 
 
-def local_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """The absolute path of a run's folder that is there or can be made; makes nothing.
-
-    Raises:
-      ValueError: if it is not local.
-      NotADirectoryError, PermissionError: if it cannot be made or written to.
-    """
-    if "://" in os.fspath(workdir):
-        raise ValueError(f"workdir: {workdir} is not a local folder; training writes only to those")
-    path = pathlib.Path(workdir).expanduser().absolute()
-    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    if not existing.is_dir():
-        raise NotADirectoryError(f"workdir: cannot make {path}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"workdir: cannot write to {path}: no permission for {existing}")
-    return path
-
-
 @contextlib.contextmanager
 def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
     """A folder to write into, which in the end is renamed to `folder`, or after an error removed.
@@ -51,7 +32,7 @@ def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
     Raises:
       FileExistsError: if there is something at `folder`.
     """
-    path = epath.Path(folder).expanduser().absolute()
+    path = absolute(folder)
     if path.exists():
         raise FileExistsError(f"{folder}: exists already; choose another folder")
     unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}"
@@ -80,7 +61,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
       FileNotFoundError: if there is no such folder or no finished checkpoint in it.
     """
-    path = epath.Path(path).expanduser().absolute()
+    path = absolute(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such folder")
     if (path / "_CHECKPOINT_METADATA").exists():  # orbax marks each checkpoint with this file

@@ -1,17 +1,23 @@
 """What a run measures, kept: metrics.jsonl, TensorBoard files, plot of the loss."""
 
+import io
 import json
 import math
 import os
-import pathlib
+import tempfile
 import time
 from collections.abc import Sequence
 
 import jax
 import tensorboardX
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+
+from blocktx.run_folder import Lines, copy_folder, is_bucket, write_whole
+
+_FLUSH_EVERY = 30  # seconds
 
 
 class MetricsWriter:
@@ -27,32 +33,37 @@ class MetricsWriter:
     def __init__(self, workdir: str | os.PathLike[str], after_step: int = 0):
         """Drops what was written for steps later than `after_step`, from where the run goes on."""
         self.began, self.productive = time.time(), 0.0
-        self._lines = self._board = None
+        self._lines = self._board = self._temporary = None
         if jax.process_index() > 0:
             return
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
+        path = epath.Path(workdir) / "metrics.jsonl"
+        kept = []
         if path.exists():
             kept = [line for line in read(workdir) if line["step"] <= after_step]
             for line in reversed(kept):
                 self.began = line.get("time", self.began)
                 self.productive = max(self.productive, line.get("train/productive_seconds", 0.0))
-            temporary = path.with_suffix(".jsonl.tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, path)
-        self._lines = path.open("a", buffering=1)  # line by line, for whoever watches
+        self._lines = Lines(path, [json.dumps(line) for line in kept])
+        self._board_folder = path.with_name("tensorboard")
+        if is_bucket(path):
+            self._temporary = tempfile.TemporaryDirectory()
+        local = self._temporary.name if self._temporary else os.fspath(self._board_folder)
         self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=after_step + 1, flush_secs=30
+            local, purge_step=after_step + 1, flush_secs=_FLUSH_EVERY
         )
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lines is not None:
-            self._lines.close()
-            self._board.close()
+        if self._lines is None:
+            return
+        self._board.close()
+        self.flush()
+        self._lines.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one line `{"step": step, "time": now, name: value, ...}`; not finite is null."""
@@ -60,9 +71,19 @@ class MetricsWriter:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         line = {"step": step, "time": round(time.time(), 3), **finite}
-        self._lines.write(json.dumps(line) + "\n")
+        self._lines.write(json.dumps(line))
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
+        if self._temporary is not None and time.monotonic() - self._flushed > _FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings what was written to a bucket; without, that is done every half a minute."""
+        if self._temporary is not None:
+            self._lines.flush()
+            self._board.flush()
+            copy_folder(self._temporary.name, self._board_folder)
+            self._flushed = time.monotonic()
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, float | None]]:
@@ -72,7 +93,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, float | None]]:
       FileNotFoundError: if there is no such file.
       ValueError: if a line other than the last is not JSON with a step.
     """
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    path = epath.Path(workdir) / "metrics.jsonl"
     texts = path.read_text().splitlines()
     lines = []
     for number, text in enumerate(texts, 1):
@@ -87,14 +108,14 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, float | None]]:
     return lines
 
 
-def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
+def plot_loss(workdir: str | os.PathLike[str]) -> epath.Path:
     """Draws training and held-out loss by step, and returns where: `workdir/loss.png`.
 
     Raises:
       FileNotFoundError: if `workdir` has no metrics.jsonl.
       ValueError: if no loss is in it.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     lines = read(workdir)
     train, heldout = _series(lines, "train/loss"), _series(lines, "heldout/loss")
     if not train and not heldout:
@@ -109,7 +130,7 @@ def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 def plot_runs(
     workdirs: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]
-) -> pathlib.Path:
+) -> epath.Path:
     """Draws the held-out losses of several runs into one PNG at `path`, and returns `path`.
 
     Raises:
@@ -124,10 +145,8 @@ def plot_runs(
         raise ValueError(f"no held-out loss to plot in {', '.join(empty)}")
     figure, axes = _loss_axes("held-out loss")
     for i, (workdir, heldout) in enumerate(runs.items()):
-        _draw_heldout(axes, heldout, f"C{i}", pathlib.Path(workdir).name)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return _save(figure, axes, path)
+        _draw_heldout(axes, heldout, f"C{i}", epath.Path(workdir).name)
+    return _save(figure, axes, epath.Path(path))
 
 
 def _series(lines: list[dict[str, float | None]], name: str) -> list[tuple[float, float]]:
@@ -164,9 +183,9 @@ def _draw_heldout(axes: Axes, heldout: list[tuple[float, float]], color: str, la
     )
 
 
-def _save(figure: Figure, axes: Axes, path: pathlib.Path) -> pathlib.Path:
+def _save(figure: Figure, axes: Axes, path: epath.Path) -> epath.Path:
     axes.legend(frameon=False)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_whole(path, png.getvalue())
     return path

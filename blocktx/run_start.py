@@ -1,6 +1,5 @@
 """What a run begins with, and all that has to fit before it does."""
 
-import pathlib
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ def check_run(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def require_no_run(workdir: pathlib.Path) -> None:
+def require_no_run(workdir: epath.Path) -> None:
     found = [n for n in ("checkpoints", "config.json", "metrics.jsonl") if (workdir / n).exists()]
     if found:
         raise FileExistsError(
@@ -76,7 +75,7 @@ def first_state(config: RunConfig, model: Model, tokenizer: Tokenizer, mesh: Mes
 
 
 def resumed_state(
-    config: RunConfig, corpus: Corpus, checkpoints: Checkpoints, workdir: pathlib.Path, mesh: Mesh
+    config: RunConfig, corpus: Corpus, checkpoints: Checkpoints, workdir: epath.Path, mesh: Mesh
 ) -> tuple[TrainState, Any]:
     """The state of the newest checkpoint, over `mesh`, and that of its input pipeline."""
     _require_same_tokenizer(workdir, corpus.tokenizer, config)
@@ -91,7 +90,7 @@ def resumed_state(
     return TrainState(step, resumed.params, resumed.opt_state), resumed.data["batches"]
 
 
-def _require_same_tokenizer(workdir: pathlib.Path, now: Tokenizer, config: RunConfig) -> None:
+def _require_same_tokenizer(workdir: epath.Path, now: Tokenizer, config: RunConfig) -> None:
     path = workdir / "tokenizer.json"
     saved = Tokenizer.load(path, config.data.end_token, config.data.pad_token)
     if saved.fingerprint != now.fingerprint:

@@ -2,8 +2,9 @@
 
 import json
 import os
-import pathlib
+import shutil
 import signal
+import tempfile
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blocktx.checkpoint import Checkpoints
-from blocktx.checkpoint_folder import has_checkpoint, local_workdir
+from blocktx.checkpoint_folder import has_checkpoint
 from blocktx.config import RunConfig, to_dict
 from blocktx.data.corpus import Corpus, prepare
 from blocktx.data.host_rows import HostRows
@@ -22,6 +23,7 @@ from blocktx.interrupt import StopSignals, sigterm_unwinds
 from blocktx.metrics import MetricsWriter, plot_loss
 from blocktx.model import build, count_params
 from blocktx.progress import Progress
+from blocktx.run_folder import copy_folder, run_folder, write_whole
 from blocktx.run_start import (
     check_run,
     first_state,
@@ -55,13 +57,13 @@ def train(
     With several processes (`jax.distributed`) all call this, with the same arguments and a
     `workdir` that all see; each reads its own rows of every batch, and the first reports.
 
-    SIGINT (Ctrl-C) and SIGTERM, if this is the main thread, end training after the step under way
-    and with a checkpoint, in all processes if one gets it; a second one, or one before the first
-    step, stops at once.
+    SIGINT (Ctrl-C) and SIGTERM, if this is the main thread, and notices that a Google VM will be
+    stopped, end training after the step under way and with a checkpoint, in all processes if one
+    gets it. SIGINT after that, or a signal before the first step, stops at once.
 
     Args:
       config: the run.
-      workdir: its folder.
+      workdir: its folder, on a disk or gs://bucket/...
       resume: whether the folder may hold the run already.
       profile: of which steps, counted from 0, `jax.profiler` writes a trace to `workdir/profile`.
 
@@ -70,15 +72,15 @@ def train(
       FileExistsError: `workdir` holds a run, and `resume` is false.
       NotADirectoryError, PermissionError: `workdir` cannot be made or written to.
       FileNotFoundError: the data's source or tokenizer is not there, or what `init_from` names.
-      ValueError: `workdir` is not local, weights are to be bfloat16, mesh, model, batch and devices
-        do not fit each other, the data do not do, the parameters of `init_from` are not those of
-        this model or know another tokenizer, or the run in `workdir` cannot be resumed with this
-        `config` or with other documents.
+      ValueError: `workdir` is neither local nor in a bucket of Google Cloud, weights are to be
+        bfloat16, mesh, model, batch and devices do not fit each other, the data do not do, the
+        parameters of `init_from` are not those of this model or know another tokenizer, or the run
+        in `workdir` cannot be resumed with this `config` or with other documents.
       FloatingPointError: loss, gradient or parameters are not finite. They are never saved.
     """
     mesh = create_mesh(config.mesh)
     check_run(config, mesh)
-    workdir = local_workdir(workdir)
+    workdir = run_folder(workdir)
     if not resume:
         require_no_run(workdir)
     begins = not has_checkpoint(workdir)
@@ -103,7 +105,7 @@ def train(
                 start = int(state.step)
             if chief:
                 corpus.tokenizer.save(workdir / "tokenizer.json")
-                _write_json(workdir / "config.json", to_dict(config))
+                write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
                 _print_summary(config, corpus, mesh)
             evaluate_heldout = heldout_evaluation(config, model, corpus, mesh)
             if start >= steps:
@@ -119,6 +121,7 @@ def train(
 
             def save() -> int:
                 progress.flush()
+                writer.flush()
                 _require_finite(step, state.params)
                 data = {"batches": batches.get_state(), "corpus": corpus.digest}
                 checkpoints.save(step, state.params, state.opt_state, data)
@@ -140,7 +143,8 @@ def train(
                 ):
                     while step < steps and not stopping():
                         if profile and step == profile.start:
-                            jax.profiler.start_trace(workdir / "profile")
+                            traces = tempfile.mkdtemp()
+                            jax.profiler.start_trace(traces)
                         with progress.input():
                             batch = next_batch()
                         state, metrics = train_step(state, batch, config, model)
@@ -149,6 +153,8 @@ def train(
                         if profile and step == profile.stop:
                             jax.block_until_ready(state)
                             jax.profiler.stop_trace()
+                            copy_folder(traces, workdir / "profile")
+                            shutil.rmtree(traces)
                         last = step == steps
                         if last or step % config.training.checkpoint_every == 0:
                             saved = save()
@@ -190,12 +196,6 @@ def _require_finite(step: int, params: dict[str, Any]) -> None:
 @jax.jit
 def _all_finite(params: dict[str, Any]) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _print_summary(config: RunConfig, corpus: Corpus, mesh: Mesh) -> None:
