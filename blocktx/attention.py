@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.cache import LayerCache
-from blocktx.layers import Heads, linear, rotary
+from blocktx.flash_attention import flash_attention, is_long
+from blocktx.layers import Heads, linear, rotary, rotary_by_product
 from blocktx.model_config import ModelConfig, StackConfig
 from blocktx.sharding import constrain
 from blocktx.short_attention import is_short, short_attention
@@ -70,9 +71,19 @@ class Attention(nn.Module):
         config, stack = self.config, self.stack
         out = _out(config, stack.width)
         if config.platform == "tpu" and self.window and cache is None and is_short(stack, x_TxD):
-            q_k_v = Heads(config, 3, stack.heads, stack.head_size, name="qkv")(x_TxD)
-            y_TxD = short_attention(*q_k_v, mask_TxS[-1], stack)
+            q_k_v, bias_3xD = Heads(config, 3, stack.heads, stack.head_size, name="qkv")(x_TxD)
+            y_TxD = short_attention(*q_k_v, bias_3xD, mask_TxS[-1], stack)
             return out(y_TxD.reshape(-1, stack.heads, stack.head_size)), None
+        causal = getattr(config, "embeddings_per_block", 1) == 1
+        if config.platform == "tpu" and causal and cache is None and is_long(x_TxD):
+            q_k_v, bias_3xD = Heads(config, 3, stack.heads, stack.head_size, name="qkv")(x_TxD)
+            q, k, v = (
+                x + bias for x, bias in zip(q_k_v, bias_3xD.astype(x_TxD.dtype), strict=True)
+            )
+            q, k = (rotary_by_product(x, position_T, stack) for x in (q, k))
+            heads = (-1, stack.heads, stack.head_size)
+            y_TxHxC = flash_attention(*(x.reshape(heads) for x in (q, k, v)), mask_TxS[-1])
+            return out(y_TxHxC), None
         shape = (3, stack.heads, stack.head_size)
         qkv = linear(config, shape, name="qkv", axes=("width", "qkv", *_HEADS))(x_TxD)
         qkv = constrain(qkv, None, None, *_HEADS)
@@ -80,9 +91,7 @@ class Attention(nn.Module):
         q_TxHxC = rotary(q_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
         k_TxHxC = rotary(k_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
         if cache is None:
-            # Scores and weights are larger than what they come from: on TPU, cheaper made again.
-            formulation = jax.checkpoint(attend) if config.platform == "tpu" else attend
-            y_TxHxC = formulation(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
+            y_TxHxC = attend(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
         else:
             cache = cache.write(k_TxHxC, v_TxHxC, position_T[0])
             y_TxHxC = attend(q_TxHxC, cache.k_SxHxC, cache.v_SxHxC, mask_TxS)

@@ -136,7 +136,7 @@ class Program:
                 current = self.computations[match[2]] = Computation(match[2])
                 if match[1]:
                     self.entry = current
-            elif line.startswith("}"):
+            elif line.rstrip() == "}":  # a kernel's own text may have lines that begin so
                 current = None
         if self.entry is None:
             raise ValueError("text: there is no ENTRY computation in it; pass compiled.as_text()")

@@ -37,28 +37,39 @@ def _lanes(stack: StackConfig) -> int:
     return max(_LANES, stack.head_size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def short_attention(
-    q_TxD: jax.Array, k_TxD: jax.Array, v_TxD: jax.Array, real_T: jax.Array, stack: StackConfig
+    q_TxD: jax.Array,
+    k_TxD: jax.Array,
+    v_TxD: jax.Array,
+    bias_3xD: jax.Array,
+    real_T: jax.Array,
+    stack: StackConfig,
 ) -> jax.Array:
     """Outputs `[T, D]` of causal attention with rotary positions over one block; lift by `vmap`.
 
     Args:
-      q_TxD, k_TxD, v_TxD: before rotary positions, heads side by side.
+      q_TxD, k_TxD, v_TxD: before bias and rotary positions, heads side by side.
+      bias_3xD: added to them; the same for all blocks. It is added here because its gradient, a sum
+        over all that there is, costs XLA as much as the matrix products that it belongs to.
       real_T: bool, False for keys that are padding. The first must be real, so that every query has
         a key: without one, `blocktx.attention.attend` lets it see all alike, later ones too.
       stack: one for which `is_short` holds.
     """
-    return _lifted(_forward_kernel, stack)(q_TxD, k_TxD, v_TxD, real_T)[0]
+    return _lifted(_forward_kernel, stack)(bias_3xD, real_T, q_TxD, k_TxD, v_TxD)[0]
 
 
-def _vjp_forward(q_TxD, k_TxD, v_TxD, real_T, stack):
-    kept = q_TxD, k_TxD, v_TxD, real_T
+def _vjp_forward(q_TxD, k_TxD, v_TxD, bias_3xD, real_T, stack):
+    kept = q_TxD, k_TxD, v_TxD, bias_3xD, real_T
     return short_attention(*kept, stack), kept
 
 
 def _vjp_backward(stack, kept, dy_TxD):
-    return *_lifted(_backward_kernel, stack)(*kept, dy_TxD), None
+    q_TxD, k_TxD, v_TxD, bias_3xD, real_T = kept
+    *dq_k_v, dbias_3xD = _lifted(_backward_kernel, stack)(
+        bias_3xD, real_T, q_TxD, k_TxD, v_TxD, dy_TxD
+    )
+    return *dq_k_v, dbias_3xD.astype(bias_3xD.dtype), None
 
 
 short_attention.defvjp(_vjp_forward, _vjp_backward)
@@ -66,22 +77,28 @@ short_attention.defvjp(_vjp_forward, _vjp_backward)
 
 @functools.cache
 def _lifted(kernel, stack: StackConfig):
-    """A kernel over arrays `[*leading, T, D]`, which `vmap` gives more leading axes."""
+    """A kernel over arrays `[*leading, T, D]`, which `vmap` gives more leading axes.
+
+    The biases, which come first, get none, and neither does their gradient, which comes last: to
+    JAX, a gradient without the mapped axis is that of all along it together.
+    """
     lifted = custom_vmap(functools.partial(_call, kernel, stack))
 
     @lifted.def_vmap
-    def _(size, batched, *args):
+    def _(size, batched, bias_3xD, *args):
+        if batched[0]:
+            raise NotImplementedError("short_attention: the bias is the same for all blocks")
         args = [
             x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            for x, is_batched in zip(args, batched, strict=True)
+            for x, is_batched in zip(args, batched[1:], strict=True)
         ]
-        out = lifted(*args)
-        return out, [True] * len(out)
+        out = lifted(bias_3xD, *args)
+        return out, [True] * _WIDE_OUTPUTS[kernel] + [False] * (len(out) - _WIDE_OUTPUTS[kernel])
 
     return lifted
 
 
-def _call(kernel, stack, q, k, v, real, *dy) -> list[jax.Array]:
+def _call(kernel, stack, bias_3xD, real, q, k, v, *dy) -> list[jax.Array]:
     batch = q.shape[0] if q.ndim > 2 else 1
 
     def inward(x: jax.Array) -> jax.Array:  # [B, *leading, T, D] -> [B, T, N, D]
@@ -89,12 +106,13 @@ def _call(kernel, stack, q, k, v, real, *dy) -> list[jax.Array]:
         return x.reshape(batch, -1, *x.shape[-2:]).swapaxes(1, 2)
 
     real_BxNxT = real.reshape(batch, -1, real.shape[-1]).astype(jnp.float32)
-    run = _sharded(functools.partial(_run, kernel, stack), stack, batch)
-    out = run(real_BxNxT, *map(inward, (q, k, v, *dy)))
-    return [x.swapaxes(1, 2).reshape(q.shape) for x in out]
+    run = _sharded(functools.partial(_run, kernel, stack), kernel, stack, batch)
+    out = run(bias_3xD.astype(jnp.float32), real_BxNxT, *map(inward, (q, k, v, *dy)))
+    wide = [x.swapaxes(1, 2).reshape(q.shape) for x in out[: _WIDE_OUTPUTS[kernel]]]
+    return wide + [sums_Bx3xD.sum(0) for sums_Bx3xD in out[_WIDE_OUTPUTS[kernel] :]]
 
 
-def _sharded(run, stack: StackConfig, batch: int):
+def _sharded(run, kernel, stack: StackConfig, batch: int):
     """`run` on each device's rows and heads, where a mesh is set: XLA cannot divide a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
@@ -105,42 +123,52 @@ def _sharded(run, stack: StackConfig, batch: int):
     whole = stack.width % (mesh.shape.get("tensor", 1) * _lanes(stack)) == 0
     heads = "tensor" if "tensor" in mesh.axis_names and whole else None
     wide = PartitionSpec(rows, None, None, heads)
+    sums = [PartitionSpec(rows, None, heads)] * _SUMS[kernel]
 
-    def sharded(real_BxNxT, *wide_BxTxNxD):
-        specs = (PartitionSpec(rows), *[wide] * len(wide_BxTxNxD))
-        call = jax.shard_map(run, in_specs=specs, out_specs=wide, check_vma=False)
-        return call(real_BxNxT, *wide_BxTxNxD)
+    def sharded(bias_3xD, real_BxNxT, *wide_BxTxNxD):
+        specs = (PartitionSpec(None, heads), PartitionSpec(rows), *[wide] * len(wide_BxTxNxD))
+        out_specs = [wide] * _WIDE_OUTPUTS[kernel] + sums
+        call = jax.shard_map(run, in_specs=specs, out_specs=out_specs, check_vma=False)
+        return call(bias_3xD, real_BxNxT, *wide_BxTxNxD)
 
     return sharded
 
 
-def _run(kernel, stack: StackConfig, real_BxNxT, *wide_BxTxNxD) -> list[jax.Array]:
+def _run(kernel, stack: StackConfig, bias_3xD, real_BxNxT, *wide_BxTxNxD) -> list[jax.Array]:
     batch, positions, blocks, width = wide_BxTxNxD[0].shape
     lanes = _lanes(stack)
     rows = min(_ROWS, pl.cdiv(blocks, _CHUNK) * _CHUNK)
     wide = pl.BlockSpec((1, positions, rows, lanes), lambda b, n, d: (b, 0, n, d))
-    outputs = _OUTPUTS[kernel]
+    tiles = pl.cdiv(blocks, rows)
+    outputs = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in wide_BxTxNxD[: _WIDE_OUTPUTS[kernel]]
+    ]
+    sums = [jax.ShapeDtypeStruct((batch, tiles, 3, width), jnp.float32)] * _SUMS[kernel]
     call = functools.partial(
         pl.pallas_call,
-        functools.partial(kernel, stack),
-        grid=(batch, pl.cdiv(blocks, rows), width // lanes),
+        functools.partial(kernel, stack, blocks),
+        grid=(batch, tiles, width // lanes),
         in_specs=[
             pl.BlockSpec((3, positions, lanes), lambda b, n, d: (0, 0, 0)),
+            pl.BlockSpec((3, lanes), lambda b, n, d: (0, d)),
             pl.BlockSpec((1, rows, positions), lambda b, n, d: (b, n, 0)),
             *[wide] * len(wide_BxTxNxD),
         ],
-        out_specs=[wide] * outputs,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in wide_BxTxNxD[:outputs]],
+        out_specs=[wide] * len(outputs)
+        + [pl.BlockSpec((1, 1, 3, lanes), lambda b, n, d: (b, n, 0, d))] * len(sums),
+        out_shape=outputs + sums,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         name=f"short_attention{kernel.__name__}",
     )
-    return jax.lax.platform_dependent(
+    out = jax.lax.platform_dependent(
         _turns(stack, positions),
+        bias_3xD,
         real_BxNxT,
         *wide_BxTxNxD,
         cpu=call(interpret=True),
         default=call(),
     )
+    return [*out[: len(outputs)], *(x.sum(1) for x in out[len(outputs) :])]
 
 
 def _turns(stack: StackConfig, positions: int) -> jax.Array:
@@ -159,26 +187,44 @@ def _turns(stack: StackConfig, positions: int) -> jax.Array:
     )
 
 
-def _forward_kernel(stack, turns_ref, real_ref, q_ref, k_ref, v_ref, y_ref):
-    tile = _Tile(stack, turns_ref, y_ref.dtype)
+def _forward_kernel(stack, blocks, turns_ref, bias_ref, real_ref, q_ref, k_ref, v_ref, y_ref):
+    del blocks
+    tile = _Tile(stack, turns_ref, bias_ref, y_ref.dtype)
 
-    def chunk(rows):
+    def chunk(rows, carry):
         q, k, v = tile.inputs((q_ref, k_ref, v_ref), rows)
         for i, (weights, total) in enumerate(tile.weights(q, k, real_ref[0, rows])):
             y = _dot(weights, v) * total
             y_ref[0, i, rows] = y.astype(y_ref.dtype)
+        return carry
 
-    _for_chunks(chunk, q_ref.shape[2])
+    _for_chunks(chunk, q_ref.shape[2], ())
 
 
 def _backward_kernel(
-    stack, turns_ref, real_ref, q_ref, k_ref, v_ref, dy_ref, dq_ref, dk_ref, dv_ref
+    stack,
+    blocks,
+    turns_ref,
+    bias_ref,
+    real_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    dy_ref,
+    dq_ref,
+    dk_ref,
+    dv_ref,
+    dbias_ref,
 ):
-    tile = _Tile(stack, turns_ref, dy_ref.dtype)
+    tile = _Tile(stack, turns_ref, bias_ref, dy_ref.dtype)
+    tile_rows, lanes = q_ref.shape[2:]
 
-    def chunk(rows):
+    left = blocks - pl.program_id(1) * tile_rows  # the last tile may reach beyond all blocks
+    row = jax.lax.broadcasted_iota(jnp.int32, (_CHUNK, lanes), 0)
+
+    def chunk(rows, sums):
         q, k, v = tile.inputs((q_ref, k_ref, v_ref), rows)
-        dk, dv = [0.0] * tile.positions, [0.0] * tile.positions
+        dq, dk, dv = [], [0.0] * tile.positions, [0.0] * tile.positions
         for i, (weights, total) in enumerate(tile.weights(q, k, real_ref[0, rows])):
             weights = [w * total for w in weights]
             dy = dy_ref[0, i, rows].astype(jnp.float32)
@@ -188,25 +234,31 @@ def _backward_kernel(
             for j in range(i + 1):
                 dk[j] += dscores[j] * q[i]
                 dv[j] += weights[j] * dy
-            dq = tile.turn(_dot(dscores, k) * tile.scale, i, back=True)
-            dq_ref[0, i, rows] = dq.astype(dq_ref.dtype)
-        for j in range(tile.positions):
-            back = tile.turn(dk[j] * math.log(2), j, back=True)
-            dk_ref[0, j, rows] = back.astype(dk_ref.dtype)
-            dv_ref[0, j, rows] = dv[j].astype(dv_ref.dtype)
+            dq.append(tile.turn(_dot(dscores, k) * tile.scale, i, back=True))
+        dk = [tile.turn(x * math.log(2), j, back=True) for j, x in enumerate(dk)]
+        gradients = (dq, dk, dv)
+        for ref, xs in zip((dq_ref, dk_ref, dv_ref), gradients, strict=True):
+            for j, x in enumerate(xs):
+                ref[0, j, rows] = x.astype(ref.dtype)
+        new = [functools.reduce(jnp.add, xs) for xs in gradients]
+        if blocks % tile_rows:
+            new = [jnp.where(row < left - rows.start, x, 0) for x in new]
+        return [total + x for total, x in zip(sums, new, strict=True)]
 
-    _for_chunks(chunk, q_ref.shape[2])
+    zero = [jnp.zeros((_CHUNK, lanes), jnp.float32)] * 3
+    for part, total in enumerate(_for_chunks(chunk, tile_rows, zero)):
+        dbias_ref[0, 0, part] = total.sum(0)
 
 
-_OUTPUTS = {_forward_kernel: 1, _backward_kernel: 3}
+_WIDE_OUTPUTS = {_forward_kernel: 1, _backward_kernel: 3}
+_SUMS = {_forward_kernel: 0, _backward_kernel: 1}
 
 
-def _for_chunks(chunk, rows: int) -> None:
+def _for_chunks(chunk, rows: int, carry):
     def body(i, carry):
-        chunk(pl.ds(pl.multiple_of(i * _CHUNK, _CHUNK), _CHUNK))
-        return carry
+        return chunk(pl.ds(pl.multiple_of(i * _CHUNK, _CHUNK), _CHUNK), carry)
 
-    jax.lax.fori_loop(0, rows // _CHUNK, body, 0, unroll=_UNROLL)
+    return jax.lax.fori_loop(0, rows // _CHUNK, body, carry, unroll=_UNROLL)
 
 
 def _dot(xs, ys):
@@ -216,12 +268,12 @@ def _dot(xs, ys):
 class _Tile:
     """What both kernels do with a chunk: lists over positions of float32 `[rows, lanes]`."""
 
-    def __init__(self, stack: StackConfig, turns_ref, dtype):
+    def __init__(self, stack: StackConfig, turns_ref, bias_ref, dtype):
         lanes = _lanes(stack)
         self.positions = turns_ref.shape[1]
         self.scale = stack.head_size**-0.5
         self._half = stack.rotary_dims // 2
-        self._turns_ref, self._dtype = turns_ref, dtype
+        self._turns_ref, self._bias_ref, self._dtype = turns_ref, bias_ref, dtype
         head = [jax.lax.broadcasted_iota(jnp.int32, (lanes, lanes), a) for a in (0, 1)]
         head = [jax.lax.div(h, stack.head_size) for h in head]
         self._same_head = (head[0] == head[1]).astype(dtype)
@@ -229,7 +281,11 @@ class _Tile:
     def inputs(self, refs, rows):
         """Queries and keys, turned, and values; queries are scaled for scores to be of base 2."""
         q, k, v = (
-            [ref[0, i, rows].astype(jnp.float32) for i in range(self.positions)] for ref in refs
+            [
+                ref[0, i, rows].astype(jnp.float32) + self._bias_ref[part][None]
+                for i in range(self.positions)
+            ]
+            for part, ref in enumerate(refs)
         )
         q = [self.turn(x * (self.scale * math.log2(math.e)), i) for i, x in enumerate(q)]
         return q, [self.turn(x, i) for i, x in enumerate(k)], v
