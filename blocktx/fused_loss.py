@@ -10,7 +10,9 @@ reduction costs the others) their own sum. Only the gradients outlive the slice.
 import jax
 import jax.numpy as jnp
 
-_BLOCKS = 512  # in a slice, of every row of the batch
+from blocktx.sharding import batch_parts
+
+_TOKENS = 16_384  # in a slice, on each device
 _LANES = 128
 
 
@@ -26,21 +28,30 @@ def sum_of_nats(
 
 
 def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK):
-    blocks, positions = hidden_BxMxKxE.shape[1:3]
+    rows, blocks, positions, width = hidden_BxMxKxE.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    rows_here = rows if mesh.empty else max(rows // batch_parts(mesh), 1)
+    size = max(_TOKENS // (rows_here * positions), 1)
     # One conversion and transposition for all slices.
     kernel_VxE = jax.lax.optimization_barrier(kernel_ExV.astype(hidden_BxMxKxE.dtype).T)
     nats, dkernel_ExV, dhidden = jnp.float32(0), jnp.zeros(kernel_ExV.shape, jnp.float32), []
-    for position in range(positions):
-        parts = []
-        for begin in range(0, blocks, _BLOCKS):
-            # Never across the batch, which may be spread over devices.
-            some = (slice(None), slice(begin, begin + _BLOCKS), position)
-            part = _slice(hidden_BxMxKxE[some], kernel_VxE, labels_BxMxK[some], scored_BxMxK[some])
-            nats += part[0]
-            parts.append(part[1])
-            dkernel_ExV += part[2]
-        dhidden.append(jnp.concatenate(parts, axis=1))
-    return nats, (jnp.stack(dhidden, axis=2), dkernel_ExV.astype(kernel_ExV.dtype))
+
+    def tokens(x_BxMxKx: jax.Array, begin: int) -> jax.Array:
+        # By position, as they lie in memory; never across the batch, which devices share.
+        x_BxMxKx = x_BxMxKx[:, begin : begin + size].swapaxes(1, 2)
+        return x_BxMxKx.reshape(rows, -1, *x_BxMxKx.shape[3:])
+
+    for begin in range(0, blocks, size):
+        part_nats, dx_BxTxE, part_dkernel_ExV = _slice(
+            tokens(hidden_BxMxKxE, begin),
+            kernel_VxE,
+            tokens(labels_BxMxK, begin),
+            tokens(scored_BxMxK, begin),
+        )
+        nats += part_nats
+        dkernel_ExV += part_dkernel_ExV
+        dhidden.append(dx_BxTxE.reshape(rows, positions, -1, width).swapaxes(1, 2))
+    return nats, (jnp.concatenate(dhidden, axis=1), dkernel_ExV.astype(kernel_ExV.dtype))
 
 
 def _slice(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):

@@ -117,6 +117,7 @@ class Heads(nn.Module):
         kernel = self.param("kernel", kernel_init, (width, *features), config.param_dtype)
         bias = self.param("bias", bias_init, features, config.param_dtype)
         x_TxD, kernel = (a.astype(config.compute_dtype) for a in (x_TxD, kernel))
+        kernel = jax.lax.optimization_barrier(kernel)  # as in `_by_converted_kernel`
         parts = [x_TxD @ kernel[:, part].reshape(width, -1) for part in range(self.parts)]
         return parts, bias.reshape(self.parts, -1)
 
@@ -141,20 +142,38 @@ def linear(
         dtype=config.compute_dtype,
         param_dtype=config.param_dtype,
         kernel_init=named(nn.initializers.normal(config.initializer_range), *axes),
+        dot_general=_by_converted_kernel if config.platform == "tpu" else None,
         bias_init=named(nn.initializers.zeros, *bias_axes),
         name=name,
     )
 
 
 class Embedding(nn.Embed):
-    """A table whose rows are put together before they are looked up, in the compute dtype.
+    """A table whose rows, where they are cut along the mesh, are put together before a look-up.
 
     XLA would look up the parts of rows that a device has and then move them, which costs more.
     """
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        table_VxD = constrain(self.embedding.astype(self.dtype), "vocab", "features")
-        return jnp.take(table_VxD, ids, axis=0)
+        table_VxD = self.embedding
+        if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
+            table_VxD = constrain(table_VxD.astype(self.dtype), "vocab", "features")
+        return jnp.take(table_VxD, ids, axis=0).astype(self.dtype)
+
+
+def _by_converted_kernel(
+    x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any
+) -> jax.Array:
+    """`jax.lax.dot_general` of the last axes of `x` and the first of `kernel`, for TPU.
+
+    XLA would read float32 kernels and convert them in each product, again for each of its tiles;
+    and heads that are apart from their size would not lie in whole tiles.
+    """
+    kernel = jax.lax.optimization_barrier(kernel)
+    count = len(dimensions[0][1])
+    x = x.reshape(*x.shape[:-count], -1)
+    kernel = kernel.reshape(-1, *kernel.shape[count:])
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
 
 
 def embedding(config: ModelConfig, width: int, *, name: str, rows: int | None = None) -> Embedding:

@@ -19,6 +19,9 @@ _KEPT = {
 }
 
 
+_WIDE = 1024
+
+
 class Layer(nn.Module):
     """A GPT-NeoX layer: attention and MLP side by side, each on a norm of its own of the input.
 
@@ -77,9 +80,13 @@ class Stack(nn.Module):
         A cache needs `scan_layers` to be False.
         """
         layers, scan = self.stack.layers, self.config.scan_layers
+        # What a loop keeps for the gradient it copies, which takes narrow layers on TPU as long as
+        # a third of their work; wide ones a smaller part, and a loop compiles faster.
+        unroll = self.config.platform == "tpu" and self.stack.width < _WIDE
         layer = Layer
-        if self.config.remat != "none":  # scan is a barrier of its own
-            layer = nn.remat(Layer, prevent_cse=not scan, policy=_KEPT[self.config.remat])
+        if self.config.remat != "none":
+            barrier = not scan or unroll  # a loop is one of its own
+            layer = nn.remat(Layer, prevent_cse=barrier, policy=_KEPT[self.config.remat])
         if scan:
             if cache is not None:
                 raise ValueError("decoding takes separate layers; see blocktx.stack.unstack_layers")
@@ -89,6 +96,7 @@ class Stack(nn.Module):
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=layers,
+                unroll=layers if unroll else 1,
                 metadata_params={nn.meta.PARTITION_NAME: "layers"},
             )
             x_TxD, _ = scanned(self.config, self.stack, self.window, name="layers")(

@@ -1,6 +1,7 @@
 """The state of training, and one compiled step."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -56,13 +57,16 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStr
 
 def _settle(state: TrainState, config: RunConfig) -> TrainState:
     """`state`, over the mesh that is set, so that no array is ever whole on one device."""
+    return _place(state, lambda mesh: abstract_state(config, mesh))
+
+
+def _place(tree: Any, like: Callable[[AbstractMesh], Any]) -> Any:
+    """`tree`, each array where that of `like(mesh)` lies on the mesh that is set, if one is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return state
+        return tree
     return jax.tree.map(
-        lambda x, like: jax.lax.with_sharding_constraint(x, like.sharding.spec),
-        state,
-        abstract_state(config, mesh),
+        lambda x, like: jax.lax.with_sharding_constraint(x, like.sharding.spec), tree, like(mesh)
     )
 
 
@@ -113,7 +117,8 @@ def train_step(
 
     def gradient(part: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(state.params, part)
-        return sums, grads
+        # Each device needs the sum of its own part alone.
+        return sums, _place(grads, lambda mesh: abstract_params(config.model, mesh))
 
     def accumulate(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(part)), None
