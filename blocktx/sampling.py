@@ -140,7 +140,7 @@ def generate(
         params,
         np.pad(tokens_BxNxK, extra),
         np.pad(mask_BxNxK, extra),
-        model.create_cache(rows, prompt_bucket + new_bucket - 1),
+        model.create_cache(rows, prompt_bucket + new_bucket),
         sampling,
         new_blocks=jnp.int32(new_blocks),
         new_bucket=new_bucket,
@@ -194,8 +194,9 @@ def _generate(
     tokens_BxNxK = jnp.take_along_axis(tokens_BxNxK, source_BxN[..., None], axis=1)
     mask_BxNxK = jnp.take_along_axis(mask_BxNxK, source_BxN[..., None], axis=1)
     last_B = real_BxN.sum(1) - 1
+    slot_S = jnp.arange(prompt_blocks + new_bucket)
     prompt_mask_BxK = jnp.take_along_axis(mask_BxNxK, last_B[:, None, None], axis=1)[:, 0]
-    _, cache = apply("extend", tokens_BxNxK, mask_BxNxK, jnp.zeros_like(last_B), cache)
+    _, cache = apply("extend", tokens_BxNxK, mask_BxNxK, jnp.zeros_like(last_B), cache, 0, None)
 
     def choose(logits_BxV: jax.Array, ended_B: jax.Array, position: jax.Array):
         token_B = jnp.where(ended_B, pad_id, sample(logits_BxV, sampling, position))
@@ -227,8 +228,11 @@ def _generate(
         index, block_BxK, ended_B, cache, out_BxMxK = state
         # Only a prompt's block has padding that matters: a row that has ended is not read again.
         mask_BxK = prompt_mask_BxK | (index > 0)
+        # Every row's next block goes to the same slot, behind where the longest prompt may end.
+        slot = prompt_blocks + index
+        seen_BxS = (slot_S < last_B[:, None]) | ((slot_S >= prompt_blocks) & (slot_S < slot))
         context_Bx1xnD, cache = apply(
-            "extend", block_BxK[:, None], mask_BxK[:, None], last_B + index, cache
+            "extend", block_BxK[:, None], mask_BxK[:, None], last_B + index, cache, slot, seen_BxS
         )
         block_BxK, ended_B = decode_block(context_Bx1xnD[:, 0], ended_B, index * block_length)
         out_BxMxK = out_BxMxK.at[:, index].set(block_BxK)

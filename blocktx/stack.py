@@ -30,11 +30,12 @@ class Layer(nn.Module):
         mask_TxS: jax.Array,
         memory_MxD: jax.Array | None = None,
         cache: LayerCache | None = None,
+        slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
         attention = Attention(self.config, self.stack, name="attention")
         mlp = MLP(self.config, self.stack.mlp_size, name="mlp")
         attended_TxD, cache = attention(
-            layer_norm(self.config, name="attention_norm")(x_TxD), position_T, mask_TxS, cache
+            layer_norm(self.config, name="attention_norm")(x_TxD), position_T, mask_TxS, cache, slot
         )
         mlp_norm = layer_norm(self.config, name="mlp_norm")
         if memory_MxD is None:
@@ -61,6 +62,7 @@ class Stack(nn.Module):
         *,
         memory_MxD: jax.Array | None = None,
         cache: Cache | None = None,
+        slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Args and results as of `Attention`, and what `CrossAttention` attends to, if anything.
 
@@ -87,7 +89,7 @@ class Stack(nn.Module):
             written = []
             for i in range(layers):
                 x_TxD, layer_cache = layer(self.config, self.stack, name=f"layers_{i}")(
-                    x_TxD, position_T, mask_TxS, memory_MxD, None if cache is None else cache[i]
+                    x_TxD, position_T, mask_TxS, memory_MxD, cache and cache[i], slot
                 )
                 written.append(layer_cache)
             cache = None if cache is None else tuple(written)

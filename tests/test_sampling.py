@@ -146,11 +146,12 @@ def test_loop_stops_when_all_rows_have_ended(caches):
     options = dict(mask=np.ones_like(prompt), max_new_tokens=64, temperature=0)
     tokens = run(prompt, **options)
     run(prompt, **options, end_id=int(tokens[0, 5]))
-    full, ended = (np.flatnonzero(np.any(cache[0].k_SxHxC, (0, 2, 3))) for *_, cache in caches)
-    # The prompt's 16 blocks, and each new block that another one was decoded after.
-    np.testing.assert_array_equal(full, np.arange(16 + 15))
+    full, ended = (np.flatnonzero(np.any(cache[0].k_SxD, (0, 2))) for *_, cache in caches)
+    # The prompt's 16 blocks, the last of them once more, and each new block that another one was
+    # decoded after.
+    np.testing.assert_array_equal(full, np.arange(16 + 16))
     end_block = tokens[0].tolist().index(tokens[0, 5]) // 4
-    np.testing.assert_array_equal(ended, np.arange(16 + end_block))
+    np.testing.assert_array_equal(ended, np.arange(16 + 1 + end_block))
 
 
 def test_cache_is_written_in_place(caches):
