@@ -45,8 +45,12 @@ def _put(buffer_SxD: jax.Array, new_TxD: jax.Array, slot: jax.Array) -> jax.Arra
 
 @_put.def_vmap
 def _put_in_batch(axis_size, in_batched, buffer_BxSxD, new_BxTxD, slot):
-    if in_batched != [True, True, False]:
+    if in_batched[2]:
         raise NotImplementedError("a cache is written at one slot for all rows")
+    buffer_BxSxD, new_BxTxD = (
+        x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+        for x, batched in zip((buffer_BxSxD, new_BxTxD), in_batched, strict=False)
+    )
     return _put(buffer_BxSxD, new_BxTxD, slot), True
 
 

@@ -4,10 +4,10 @@ All are the same function to rounding: queries `[T, D]` over keys and values `[S
 lie side by side as in the cache. `mask_TxS` is True where a query may see a key; a query that may
 see none sees all alike. Scores and softmax are float32, the result has the dtype of the values.
 
-A TPU multiplies matrices, and a vector by a matrix for each head is none: of the block decoder's
-step at batch 64 and 544 blocks, XLA's estimate for `attend_by_head` is 3 times that for
-`attend_block_diagonal`. Arrays with axes of 12 heads or 5 slots are worse still, as a tile of
-memory is 8 x 128.
+A TPU multiplies matrices, and a vector by a matrix for each head is none: for one query of 12 heads
+over 544 slots at batch 64, XLA's estimate for `attend_by_head` is 3 times that for
+`attend_block_diagonal`. On a CPU the former copies all keys and values to bring heads to the front,
+and takes 5 times as long (at batch 8).
 """
 
 from collections.abc import Callable
@@ -23,18 +23,23 @@ _MATRIX_UNIT = 128  # rows or columns of a TPU's
 
 
 def formulation(platform: str, queries: int, slots: int, heads: int) -> tuple[Callable, Callable]:
-    """How to rotate `[T, D]` by position, and how to attend, when there is a cache to attend to."""
-    if platform == "tpu" and slots <= _FEW_SLOTS:
-        return rotary_by_product, attend_elementwise
-    if platform == "tpu" and queries * heads <= _MATRIX_UNIT:
-        return rotary_by_product, attend_block_diagonal
-    return rotary_by_head, attend_by_head
+    """How to rotate `[T, D]` by position, and how to attend, when there is a cache to attend to.
+
+    On a GPU, where nothing was measured, all is by head.
+    """
+    attend_ = attend_by_head
+    if slots <= _FEW_SLOTS:
+        if platform == "tpu":
+            attend_ = attend_elementwise
+    elif queries * heads <= _MATRIX_UNIT and platform in ("cpu", "tpu"):
+        attend_ = attend_block_diagonal
+    return (rotary_by_product if platform == "tpu" else rotary_by_head), attend_
 
 
 def attend_by_head(
     q_TxD: jax.Array, k_SxD: jax.Array, v_SxD: jax.Array, mask_TxS: jax.Array, heads: int
 ) -> jax.Array:
-    """The reference, and the fastest on a CPU."""
+    """The reference, and the best there is for many queries, or few slots on a CPU."""
     q_TxHxC, k_SxHxC, v_SxHxC = (x.reshape(len(x), heads, -1) for x in (q_TxD, k_SxD, v_SxD))
     return attend(q_TxHxC, k_SxHxC, v_SxHxC, mask_TxS).reshape(q_TxD.shape).astype(v_SxD.dtype)
 

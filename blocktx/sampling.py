@@ -12,6 +12,8 @@ import numpy as np
 
 from blocktx.cache import Cache
 from blocktx.model import Model
+from blocktx.model_config import ModelConfig
+from blocktx.prefill import prefill
 from blocktx.prompts import blocks_that_fit, in_blocks
 from blocktx.stack import unstack_layers
 
@@ -157,6 +159,36 @@ def separate_layers(model: Model, params: dict[str, Any]) -> tuple[Model, dict[s
     return model.clone(config=config), unstack_layers(params)
 
 
+def slots(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> int:
+    """Blocks in the cache of a call with such prompts and budget."""
+    length = config.block_length
+    return sum(_bucket(-(-tokens // length), length) for tokens in (prompt_tokens, new_tokens))
+
+
+def lower(
+    model: Model, params: dict[str, Any], rows: int, prompt_tokens: int, new_tokens: int
+) -> jax.stages.Lowered:
+    """The program of a call with such prompts and budget, for whoever wants to look at it."""
+    length = model.config.block_length
+    prompt_bucket, new_bucket = (
+        _bucket(-(-tokens // length), length) for tokens in (prompt_tokens, new_tokens)
+    )
+    options = dict(temperature=0, top_k=0, top_p=1, seed=0, rows=rows)
+    tokens_BxNxK = jax.ShapeDtypeStruct((rows, prompt_bucket, length), np.int32)
+    return _generate.lower(
+        model,
+        params,
+        tokens_BxNxK,
+        jax.ShapeDtypeStruct(tokens_BxNxK.shape, bool),
+        jax.eval_shape(lambda: model.create_cache(rows, prompt_bucket + new_bucket)),
+        Sampling.create(**options),
+        new_blocks=jnp.int32(new_bucket),
+        new_bucket=new_bucket,
+        end_id=jnp.int32(-1),
+        pad_id=jnp.int32(0),
+    )
+
+
 def _bucket(blocks: int, block_length: int) -> int:
     """`blocks` rounded up to a power of two that holds at least the smallest bucket of tokens."""
     return 1 << (max(blocks, _SMALLEST_BUCKET // block_length) - 1).bit_length()
@@ -196,7 +228,7 @@ def _generate(
     last_B = real_BxN.sum(1) - 1
     slot_S = jnp.arange(prompt_blocks + new_bucket)
     prompt_mask_BxK = jnp.take_along_axis(mask_BxNxK, last_B[:, None, None], axis=1)[:, 0]
-    _, cache = apply("extend", tokens_BxNxK, mask_BxNxK, jnp.zeros_like(last_B), cache, 0, None)
+    cache = prefill(model, params, tokens_BxNxK, mask_BxNxK, cache)
 
     def choose(logits_BxV: jax.Array, ended_B: jax.Array, position: jax.Array):
         token_B = jnp.where(ended_B, pad_id, sample(logits_BxV, sampling, position))
