@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from blocktx.cache import Cache
 from blocktx.model import Model
 
-_POSITIONS_AT_ONCE = 4096  # enough to fill a matrix unit; the scores of 2048 are 200 MB a row
+_POSITIONS_AT_ONCE = 1024  # enough to keep matrix products busy; the scores of 2048 are 200 MB
 
 
 def prefill(

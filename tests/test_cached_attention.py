@@ -17,12 +17,12 @@ FORMULATIONS = [
 
 def reference(q, k, v, mask, heads):
     """Float64, one head after the other."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    by_head = (np.split(np.asarray(x, np.float64), heads, axis=1) for x in (q, k, v))
     out = []
-    for q, k, v in zip(*(np.split(x, heads, axis=1) for x in (q, k, v)), strict=True):
-        scores = np.where(mask, q @ k.T / np.sqrt(q.shape[1]), -1e30)
+    for q_TxC, k_SxC, v_SxC in zip(*by_head, strict=True):
+        scores = np.where(mask, q_TxC @ k_SxC.T / np.sqrt(q_TxC.shape[1]), -1e30)
         weights = np.exp(scores - scores.max(1, keepdims=True))
-        out.append(weights / weights.sum(1, keepdims=True) @ v)
+        out.append(weights / weights.sum(1, keepdims=True) @ v_SxC)
     return np.concatenate(out, axis=1)
 
 
