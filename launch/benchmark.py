@@ -117,9 +117,12 @@ def _saved(path: str, tokens: int) -> benchmark.Candidate:
 def main() -> None:
     prompt, new = _tokens()
     sizes = _batch_sizes()
-    candidates = _candidates(prompt + new)
-    if _PLOT.value and any(candidate.loss is None for candidate in candidates):
+    if _PLOT.value and not _CHECKPOINT.value:
         raise ValueError("--plot needs runs with a held-out loss: give them with --checkpoint")
+    candidates = _candidates(prompt + new)
+    unknown = [candidate.name for candidate in candidates if candidate.loss is None]
+    if _PLOT.value and unknown:
+        raise ValueError(f"--plot: no held-out loss in the metrics.jsonl of {', '.join(unknown)}")
     shape = dict(prompt_tokens=prompt, new_tokens=new)
     if sizes is None:
         limit = _memory_limit()

@@ -1,6 +1,7 @@
 """`launch/benchmark.py` as a user runs it, from a clone."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -23,7 +24,10 @@ def get_config(name="one"):
 
 def launch(*flags: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "launch/benchmark.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # libtpu, if there, has much to say
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
