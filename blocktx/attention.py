@@ -5,9 +5,13 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.cache import LayerCache
-from blocktx.cached_attention import attend, attend_by_head, formulation, rotary_by_head
-from blocktx.layers import linear
+from blocktx.cached_attention import attend, formulation
+from blocktx.layers import Heads, linear, rotary
 from blocktx.model_config import ModelConfig, StackConfig
+from blocktx.sharding import constrain
+from blocktx.short_attention import is_short, short_attention
+
+_HEADS = ("heads", "head_size")
 
 
 class CrossAttention(nn.Module):
@@ -20,34 +24,11 @@ class CrossAttention(nn.Module):
     def __call__(self, x_TxD: jax.Array, memory_MxD: jax.Array) -> jax.Array:
         stack = self.stack
         shape = (stack.heads, stack.head_size)
-        q_TxHxC = linear(self.config, shape, name="q")(x_TxD)
-        kv = linear(self.config, (2, *shape), name="kv")(memory_MxD)
+        q_TxHxC = linear(self.config, shape, name="q", axes=("width", *_HEADS))(x_TxD)
+        kv = linear(self.config, (2, *shape), name="kv", axes=("width", "qkv", *_HEADS))(memory_MxD)
         mask_TxM = jnp.ones((x_TxD.shape[0], memory_MxD.shape[0]), bool)
         y_TxHxC = attend(q_TxHxC, kv[:, 0], kv[:, 1], mask_TxM)
-        return linear(self.config, stack.width, axis=(-2, -1), name="out")(y_TxHxC)
-
-
-class QKV(nn.Module):
-    """The projection to queries, keys and values, `[T, 3, D]`, heads side by side.
-
-    Its parameters are those of a projection to `(3, H, C)`. A result with these axes would be
-    copied to another layout on a TPU, at the price of the projection itself.
-    """
-
-    config: ModelConfig
-    stack: StackConfig
-
-    @nn.compact
-    def __call__(self, x_TxD: jax.Array) -> jax.Array:
-        config, width = self.config, x_TxD.shape[-1]
-        shape = (3, self.stack.heads, self.stack.head_size)
-        init = nn.initializers.normal(config.initializer_range)
-        kernel = self.param("kernel", init, (width, *shape), config.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape, config.param_dtype)
-        x_TxD, kernel, bias = nn.dtypes.promote_dtype(
-            x_TxD, kernel, bias, dtype=config.compute_dtype
-        )
-        return jnp.einsum("td,dne->tne", x_TxD, kernel.reshape(width, 3, -1)) + bias.reshape(3, -1)
+        return _out(self.config, stack.width)(y_TxHxC)
 
 
 class Attention(nn.Module):
@@ -55,6 +36,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     stack: StackConfig
+    window: bool = False  # over a block's positions: causal, and the first is real
 
     @nn.compact
     def __call__(
@@ -69,7 +51,7 @@ class Attention(nn.Module):
 
         Args:
           x_TxD: inputs.
-          position_T: their positions.
+          position_T: their positions, consecutive.
           mask_TxS: bool, True where a query may see a key; S is T where they see nothing but
             themselves, or else the slots of the cache.
           cache: keys and values of earlier positions.
@@ -78,23 +60,35 @@ class Attention(nn.Module):
         Returns:
           `[T, D]`, and the cache with the T positions written (None without one).
         """
-        stack, (queries, slots) = self.stack, mask_TxS.shape
-        from_cache = cache is not None and slots != queries
-        rotate, attend_ = rotary_by_head, attend_by_head
-        if from_cache:
-            rotate, attend_ = formulation(self.config.platform, queries, slots, stack.heads)
-        qkv = QKV(self.config, stack, name="qkv")(x_TxD)
-        q_TxD, k_SxD = (
-            rotate(qkv[:, i], position_T, stack.heads, stack.rotary_dims, stack.rotary_base)
-            for i in (0, 1)
+        config, stack = self.config, self.stack
+        heads = Heads(config, 3, stack.heads, stack.head_size, name="qkv")
+        if config.platform == "tpu" and self.window and cache is None and is_short(stack, x_TxD):
+            y_TxD = short_attention(*heads.apart(x_TxD), mask_TxS[-1], stack)
+            return self._out(y_TxD), None
+        qkv = constrain(heads(x_TxD), None, None, "heads")
+        q_TxD, k_TxD, v_TxD = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+        if mask_TxS.shape[0] != mask_TxS.shape[1]:
+            rotate, attend_to_cache = formulation(config.platform, *mask_TxS.shape, stack)
+            cache = cache.write(rotate(k_TxD, position_T), v_TxD, slot)
+            y_TxD = attend_to_cache(rotate(q_TxD, position_T), cache.k_SxD, cache.v_SxD, mask_TxS)
+            return self._out(y_TxD), cache
+        q_TxHxC, k_TxHxC, v_TxHxC = (
+            x_TxD.reshape(-1, stack.heads, stack.head_size) for x_TxD in (q_TxD, k_TxD, v_TxD)
         )
-        v_SxD = qkv[:, 2]
+        q_TxHxC = rotary(q_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
+        k_TxHxC = rotary(k_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
+        # Scores and weights are larger than what they come from: on TPU, cheaper made again.
+        among = jax.checkpoint(attend) if config.platform == "tpu" else attend
+        y_TxHxC = among(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
         if cache is not None:
-            cache = cache.write(k_SxD, v_SxD, slot)
-        if from_cache:
-            k_SxD, v_SxD = cache.k_SxD, cache.v_SxD
-        y_TxD = attend_(q_TxD, k_SxD, v_SxD, mask_TxS, stack.heads)
-        y_TxHxC = y_TxD.astype(self.config.compute_dtype).reshape(
-            queries, stack.heads, stack.head_size
-        )
-        return linear(self.config, stack.width, axis=(-2, -1), name="out")(y_TxHxC), cache
+            cache = cache.write(k_TxHxC.reshape(v_TxD.shape), v_TxD, slot)
+        return self._out(y_TxHxC), cache
+
+    def _out(self, y: jax.Array) -> jax.Array:
+        """From heads apart or side by side."""
+        y_TxHxC = y.reshape(-1, self.stack.heads, self.stack.head_size)
+        return _out(self.config, self.stack.width)(y_TxHxC.astype(self.config.compute_dtype))
+
+
+def _out(config: ModelConfig, width: int) -> nn.DenseGeneral:
+    return linear(config, width, axis=(-2, -1), name="out", axes=(*_HEADS, "width"))

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from blocktx import cost, sampling
+from blocktx import cost, decoding, loop
 from blocktx.machine import Machine
 from blocktx.model import Model, build, count_params, init_params
 from blocktx.model_config import BlockConfig, ModelConfig, VanillaConfig
-from blocktx.prefill import prefill
+from blocktx.prompts import Prompts, place_prompts
+from blocktx.sampling import Sampling
 
 SETTINGS = {"prefill_heavy": (2048, 128), "decode_heavy": (128, 2048)}  # of the paper, section 3
 
@@ -43,7 +44,7 @@ class Result:
     seconds_to_first_token: float
     seconds: float  # for all of it
     roofline_share: float  # of `seconds`, what the machine's own figures would allow
-    bytes_per_sample: float  # of the compiled program, beside the parameters
+    bytes_per_sample: float  # of the compiled programs, beside the parameters
     counted_bytes_per_sample: int  # cache and logits
     loss: float | None
 
@@ -74,7 +75,7 @@ def random_model(config: ModelConfig) -> tuple[Model, dict]:
     """A model with new weights, ready to decode: speed does not depend on what they are."""
     model = build(config)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    return sampling.separate_layers(model, params)
+    return decoding.separate_layers(model, params)
 
 
 def with_room(config: ModelConfig, tokens: int, dtype: str | None = None) -> ModelConfig:
@@ -161,53 +162,61 @@ def measure(
 def largest_batch(
     candidate: Candidate, limit_bytes: float, *, prompt_tokens: int, new_tokens: int
 ) -> int:
-    """The largest batch whose compiled program and parameters fit into `limit_bytes`.
+    """The largest power of two whose compiled programs and parameters fit into `limit_bytes`.
 
-    Nothing is run: memory grows evenly with the batch, so a few compilations find it.
+    Nothing is run. Other batches are rounded up to a power of two.
 
     Raises:
       ValueError: not even one row fits.
     """
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(candidate.params))
+    held = _bytes(candidate.params)
 
     def needed(batch_size: int) -> float:
         return held + program_bytes(candidate, batch_size, prompt_tokens, new_tokens)
 
-    fits, small = 1, needed(1)
+    small = needed(1)
     if small > limit_bytes:
         raise ValueError(
             f"memory_limit: {candidate.name} needs {small / 2**30:.2f} GiB for a batch of 1, and "
             f"{limit_bytes / 2**30:.2f} GiB is given; use more, or a shorter prompt or answer"
         )
+    # No row needs less than is counted, so that no more fit.
     a_row = counted_bytes(candidate.model.config, prompt_tokens, new_tokens)
-    guess = 1 + int((limit_bytes - small) / a_row)
-    while guess > fits:
-        size = needed(guess)
-        if size <= limit_bytes:
-            return guess
-        a_row = max(a_row, (size - small) / (guess - 1))
-        guess = min(guess - 1, 1 + int((limit_bytes - small) / a_row))
-    return fits
+    most = int(limit_bytes - held) // a_row
+    batch_size = 1 << (most.bit_length() - 1)
+    while batch_size > 1 and needed(batch_size) > limit_bytes:
+        batch_size //= 2
+    return batch_size
 
 
 def program_bytes(
     candidate: Candidate, batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> int:
-    """Bytes that the compiled program of a batch needs beside the parameters."""
-    memory = sampling.lower(
-        candidate.model, candidate.params, batch_size, prompt_tokens, new_tokens
+    """Bytes that decoding a batch needs beside the parameters: those of its larger program."""
+    net, params = candidate.model, candidate.params
+    prompts = _place(net.config, batch_size, prompt_tokens, new_tokens)
+    state = jax.eval_shape(functools.partial(loop.prefill, net), params, prompts)
+    sampling, number = Sampling.create(rows=len(prompts.end_B), temperature=0), np.int32(0)
+
+    def needed(program: jax.stages.Lowered, *inputs: Any) -> int:
+        memory = program.compile().memory_analysis()
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return _bytes(inputs) + outputs + memory.temp_size_in_bytes
+
+    return max(
+        needed(loop.prefill.lower(net, params, prompts), prompts),
+        needed(loop.advance.lower(net, params, state, sampling, number, number), state, sampling),
     )
-    memory = memory.compile().memory_analysis()
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(candidate.params))
-    inputs = memory.argument_size_in_bytes - held
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return inputs + outputs + memory.temp_size_in_bytes
 
 
 def counted_bytes(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> int:
     """Bytes of a row's cache and of the logits of the token that it is at."""
-    slots = sampling.slots(config, prompt_tokens, new_tokens)
+    slots = _place(config, 1, prompt_tokens, new_tokens).slots
     return cost.cache_bytes(config, slots) + cost.logits_bytes(config, 1)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _roofline_seconds(
@@ -226,7 +235,7 @@ def _generate(
     model: Model, params: dict, batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> None:
     tokens_BxT = _prompts(model.config, batch_size, prompt_tokens)
-    sampling.generate(
+    decoding.generate(
         model,
         params,
         tokens_BxT,
@@ -236,21 +245,23 @@ def _generate(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _prefill(model: Model, params: dict, tokens_BxNxK: jax.Array, slots: int):
-    cache = model.create_cache(len(tokens_BxNxK), slots)
-    return prefill(model, params, tokens_BxNxK, np.ones(tokens_BxNxK.shape, bool), cache)
-
-
 def _prefill_alone(
     model: Model, params: dict, batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> None:
-    config = model.config
-    blocks = -(-prompt_tokens // config.block_length)
-    tokens_BxT = _prompts(config, batch_size, blocks * config.block_length)
-    tokens_BxNxK = tokens_BxT.reshape(batch_size, blocks, -1)
-    slots = sampling.slots(config, prompt_tokens, new_tokens)
-    jax.block_until_ready(_prefill(model, params, tokens_BxNxK, slots))
+    prompts = _place(model.config, batch_size, prompt_tokens, new_tokens)
+    jax.block_until_ready(loop.prefill(model, params, prompts))
+
+
+def _place(config: ModelConfig, batch_size: int, prompt_tokens: int, new_tokens: int) -> Prompts:
+    tokens_BxT = _prompts(config, batch_size, prompt_tokens)
+    return place_prompts(
+        tokens_BxT,
+        np.ones_like(tokens_BxT),
+        config,
+        max_new_tokens=new_tokens,
+        placement="pad",
+        pad_id=config.pad_id,
+    )
 
 
 def _in_turns(runs: Sequence[Callable[[], None]], repeats: int, show: bool = False) -> list[float]:

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.model_config import StackConfig
+from blocktx.sharding import constrain
+
+CACHE_AXES = ("batch", "positions", "heads")  # whole heads, side by side
 
 
 @flax.struct.dataclass
@@ -26,11 +29,13 @@ class LayerCache:
 
         The caller guarantees that they fit: XLA would move a write that does not.
         """
-        slot = jnp.asarray(slot)
-        return LayerCache(
-            _put(self.k_SxD, k_TxD.astype(self.k_SxD.dtype), slot),
-            _put(self.v_SxD, v_TxD.astype(self.v_SxD.dtype), slot),
-        )
+
+        def put(buffer_SxD: jax.Array, new_TxD: jax.Array) -> jax.Array:
+            new_TxD = constrain(new_TxD.astype(buffer_SxD.dtype), "positions", "heads")
+            written_SxD = _put(buffer_SxD, new_TxD, jnp.asarray(slot))
+            return constrain(written_SxD, "positions", "heads")
+
+        return LayerCache(put(self.k_SxD, k_TxD), put(self.v_SxD, v_TxD))
 
 
 @jax.custom_batching.custom_vmap
@@ -59,10 +64,11 @@ Cache = tuple[LayerCache, ...]
 
 def create_cache(stack: StackConfig, batch: int, slots: int, dtype: str) -> Cache:
     """An empty cache of `slots` positions for each of `batch` sequences: `[batch, S, D]`."""
-    shape = (batch, slots, stack.width)
-    return tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(stack.layers)
-    )
+
+    def empty() -> jax.Array:
+        return constrain(jnp.zeros((batch, slots, stack.width), dtype), *CACHE_AXES)
+
+    return tuple(LayerCache(empty(), empty()) for _ in range(stack.layers))
 
 
 def causal_mask(position_T: jax.Array, slots: int, group: int = 1) -> jax.Array:

@@ -11,27 +11,30 @@ step is a finished checkpoint.
 """
 
 import dataclasses
-import importlib.metadata
 import json
-import uuid
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh, Sharding
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from blocktx.checkpoint_folder import (
     FORMAT_VERSION,
-    abstract_params,
+    blocktx_version,
     check_names_and_shapes,
     check_same_run,
     find,
+    new_folder,
     read,
     read_metadata,
 )
 from blocktx.config import RunConfig, to_dict
+from blocktx.model import abstract_params
 from blocktx.model_config import ModelConfig
+from blocktx.run_folder import absolute
+from blocktx.safetensors_folder import is_safetensors, read_config, read_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Checkpoint:
     params: dict[str, Any]
     config: RunConfig
     step: int
-    path: epath.Path  # the step's folder
+    path: epath.Path  # the folder of the step, or of the export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +64,9 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, config: RunConfig):
-        self._config, self._version = config, _version()  # it must not fail at the first save
-        self.directory = epath.Path(workdir).absolute() / "checkpoints"
+        self._config = config
+        self._version = blocktx_version()  # it must not fail at the first save
+        self.directory = absolute(workdir) / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -141,41 +145,33 @@ def save_params(
     Raises:
       FileExistsError: if there is something at `workdir`.
     """
-    path = epath.Path(workdir).expanduser().absolute()
-    if path.exists():
-        raise FileExistsError(f"{workdir}: exists already; choose another folder")
-    unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        (unfinished / "checkpoints").mkdir(parents=True)
+    with new_folder(workdir) as unfinished:
+        (unfinished / "checkpoints").mkdir()
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
                 unfinished / "checkpoints" / str(step),
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
-                    metadata=ocp.args.JsonSave(_metadata(step, config, _version())),
+                    metadata=ocp.args.JsonSave(_metadata(step, config, blocktx_version())),
                 ),
             )
         (unfinished / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         if tokenizer is not None:
             epath.Path(tokenizer).expanduser().copy(unfinished / "tokenizer.json")
-        unfinished.rename(path)
-    except BaseException:
-        if unfinished.exists():
-            unfinished.rmtree()
-        raise
 
 
 def load_params(
     path: epath.PathLike,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Mesh | Sharding | None = None,
     model: ModelConfig | None = None,
 ) -> Checkpoint:
     """The parameters of a checkpoint, whatever devices it was saved from; nothing else is read.
 
     Args:
       path: a run's folder or its `checkpoints` folder, which mean the newest checkpoint in them, or
-        the folder of one step.
-      sharding: where every array goes; None puts them on this process's first device.
+        the folder of one step; or that of an export (`safetensors_folder`).
+      sharding: where every array goes; or a mesh, over which they are spread by the rules of
+        `blocktx.sharding`. None puts them on this process's first device.
       model: what the parameters have to fit, and in whose `param_dtype` they come; None: the
         checkpoint's own configuration.
 
@@ -184,20 +180,22 @@ def load_params(
       ValueError: if the checkpoint is not one of blocktx, of a newer format, does not fit the
         configuration (all that does not is listed), or is damaged.
     """
-    folder = find(path)
-    step, config = read_metadata(folder)
+    exported = is_safetensors(path)
+    folder = epath.Path(path).expanduser().absolute() if exported else find(path)
+    step, config = read_config(folder) if exported else read_metadata(folder)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params = abstract_params(model or config.model, sharding)
+    if exported:
+        return Checkpoint(read_params(folder, params), config, step, folder)
     check_names_and_shapes(folder, params)
     params = read(folder, params=ocp.args.StandardRestore(params)).params
     return Checkpoint(params, config, step, folder)
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("blocktx")
-    except importlib.metadata.PackageNotFoundError:  # used from a clone
-        return "unknown"
+def tokenizer_file(path: epath.PathLike) -> epath.Path:
+    """Where a checkpoint has its tokenizer.json, if it has one; `path` is as for `load_params`."""
+    folder = epath.Path(path).expanduser() if is_safetensors(path) else find(path).parent.parent
+    return folder / "tokenizer.json"
 
 
 def _metadata(step: int, config: RunConfig, version: str) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The folder of a checkpoint: finding it, reading it, and checking that it is what is asked for."""
 
-import os
-import pathlib
+import contextlib
+import importlib.metadata
+import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,35 +11,39 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from blocktx.config import RunConfig, from_config_dict, to_dict
-from blocktx.model import build, init_params
-from blocktx.model_config import ModelConfig
+from blocktx.run_folder import absolute
 
 FORMAT_VERSION = 1
+Shapes = dict[str, tuple[int, ...]]
 
 
-def local_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """The absolute path of a run's folder that is there or can be made; makes nothing.
+def blocktx_version() -> str:
+    """Of this package, to be written into what it writes."""
+    try:
+        return importlib.metadata.version("blocktx")
+    except importlib.metadata.PackageNotFoundError:  # used from a clone
+        return "unknown"
+
+
+@contextlib.contextmanager
+def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
+    """A folder to write into, which in the end is renamed to `folder`, or after an error removed.
 
     Raises:
-      ValueError: if it is not local.
-      NotADirectoryError, PermissionError: if it cannot be made or written to.
+      FileExistsError: if there is something at `folder`.
     """
-    if "://" in os.fspath(workdir):
-        raise ValueError(f"workdir: {workdir} is not a local folder; training writes only to those")
-    path = pathlib.Path(workdir).expanduser().absolute()
-    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    if not existing.is_dir():
-        raise NotADirectoryError(f"workdir: cannot make {path}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"workdir: cannot write to {path}: no permission for {existing}")
-    return path
-
-
-def abstract_params(config: ModelConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    """The parameters of a model as ShapeDtypeStructs that all have one sharding."""
-    model = build(config)
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    path = absolute(folder)
+    if path.exists():
+        raise FileExistsError(f"{folder}: exists already; choose another folder")
+    unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(path)
+    except BaseException:
+        if unfinished.exists():
+            unfinished.rmtree()
+        raise
 
 
 def has_checkpoint(workdir: epath.PathLike) -> bool:
@@ -55,7 +61,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
       FileNotFoundError: if there is no such folder or no finished checkpoint in it.
     """
-    path = epath.Path(path).expanduser().absolute()
+    path = absolute(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such folder")
     if (path / "_CHECKPOINT_METADATA").exists():  # orbax marks each checkpoint with this file
@@ -125,12 +131,16 @@ def read(folder: epath.Path, **items: Any) -> Any:
 def check_names_and_shapes(folder: epath.Path, params: dict[str, Any]) -> None:
     """Raises a ValueError that lists all parameters that differ from `params` in name or shape."""
     try:
-        stored = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "params").tree)
+        stored = shapes(ocp.StandardCheckpointHandler().metadata(folder / "params").tree)
     except Exception as error:
         raise ValueError(
             f"{folder}: cannot read params, a file may be damaged or missing: {error}"
         ) from error
-    wanted = _shapes(params)
+    check_fit(folder, stored, shapes(params))
+
+
+def check_fit(folder: epath.Path, stored: Shapes, wanted: Shapes) -> None:
+    """Raises a ValueError that lists all parameters that are not stored as a model wants them."""
     problems = [
         f"  {name}: checkpoint {stored.get(name, 'lacks it')}, "
         f"configuration {wanted.get(name, 'lacks it')}"
@@ -143,18 +153,25 @@ def check_names_and_shapes(folder: epath.Path, params: dict[str, Any]) -> None:
         )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def shapes(tree: Any) -> Shapes:
+    """The shapes of a tree's arrays, by name."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        path_name(path): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def path_name(path: Any) -> str:
+    """The name of a parameter by its path in the tree, such as `embedder/tokens/embedding`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def check_same_run(folder: epath.Path, saved: RunConfig, config: RunConfig) -> None:
     """Raises a ValueError that lists all fields in which a run must not differ from its resumption.
 
-    Those are `model`, `data`, `seed` and `training.batch_size`; but the cache may lie elsewhere,
-    and `model.remat` and `model.platform` only say how to compute.
+    Those are `model`, `data`, `seed`, `training.batch_size`, and of the optimizer `name` and
+    `moment_dtype`; but the cache may lie elsewhere, and `model.remat` and `model.platform` only say
+    how to compute.
     """
     old, new = _fixed_fields(saved), _fixed_fields(config)
     problems = [
@@ -186,4 +203,6 @@ def _fixed_fields(config: RunConfig) -> dict[str, Any]:
     for name in ("remat", "platform"):  # the same function, computed another way
         del fields[f"config.model.{name}"]
     fields["config.training.batch_size"] = config.training.batch_size  # the data's state counts it
+    for name in ("name", "moment_dtype"):  # what the optimizer's state consists of
+        fields[f"config.optimizer.{name}"] = whole["optimizer"][name]
     return fields

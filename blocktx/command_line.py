@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import pathlib
 import re
 import sys
@@ -9,9 +10,11 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from blocktx.config import RunConfig, from_config_dict
+from blocktx.distributed import end_with
 
 _NO_FUNCTION = "the file has no function get_config()"
 _EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -21,7 +24,8 @@ def run(main: Callable[[], None], required: tuple[str, ...]) -> None:
     """Parses flags, the `required` ones among them, and runs `main`.
 
     A mistake in the flags ends the program with code 2, an error of `main` that a user can do
-    something about with code 1 (its traceback is shown with --verbosity=debug), Ctrl-C with 130.
+    something about with code 1 (its traceback is shown with --verbosity=debug), Ctrl-C with 130,
+    an error of a device or of the network between devices with 70: another try may do.
     """
 
     def checked(argv: list[str]) -> None:
@@ -37,15 +41,24 @@ def run(main: Callable[[], None], required: tuple[str, ...]) -> None:
         except _EXPECTED_ERRORS as error:
             logging.debug("%s", traceback.format_exc())
             fail(str(error), code=1)
+        except jax.errors.JaxRuntimeError:
+            fail(traceback.format_exc(), code=70)
         except KeyboardInterrupt:
             fail("interrupted", code=130)
 
     app.run(checked, flags_parser=_parse)
 
 
+def keep_compiled(folder: str) -> None:
+    """Makes JAX keep what it compiles in `folder`, and find it there; "" is no folder."""
+    if folder and "://" not in folder:
+        folder = os.path.expanduser(folder)
+    jax.config.update("jax_compilation_cache_dir", folder or None)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    end_with(code)
 
 
 def read_config(spec: str) -> RunConfig:

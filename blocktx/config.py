@@ -17,6 +17,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from blocktx.model_config import (
+    Dtype,
     FieldError,
     ModelConfig,
     divisors,
@@ -49,15 +50,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping and a schedule (paper, tables 1 and 3)."""
+    """Clipping, an optimizer of optax and a schedule (paper, tables 1 and 3: AdamW)."""
 
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3  # the peak
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = 0
     final_fraction: float = 0.0  # of the peak, where linear and cosine schedules end
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # of the first moment; adafactor has none
+    beta2: float = 0.95  # of the second; adafactor has a schedule of its own
+    eps: float = 1e-8  # of adamw, and of muon where it is that
+    moment_dtype: Dtype = "float32"  # of the first moment
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
 
@@ -122,6 +125,23 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of a run are arranged (`blocktx.sharding`); one may be -1, for the rest."""
+
+    data: int = 1  # parts of the batch, each on devices that hold all of the model together
+    fsdp: int = -1  # parts of the batch, over which parameters and optimizer are cut up too
+    tensor: int = 1  # parts of each layer: of its heads, its MLP, and of the vocabulary
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            require(size == -1 or size > 0, axis, f"got {size}, must be 1 or more, or -1")
+        require(
+            list(sizes.values()).count(-1) <= 1, "data", f"only one axis can be -1, got {sizes}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that determines a run."""
 
@@ -130,6 +150,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
     seed: int = 0
 
     def __post_init__(self):

@@ -33,7 +33,13 @@ class Embedder(nn.Module):
             if embedder.concatenate:
                 out_nD = rows_TxD
             else:
-                out_nD = linear(config, width, axis=(-2, -1), name="projection")(rows_TxD)
+                out_nD = linear(
+                    config,
+                    width,
+                    axis=(-2, -1),
+                    name="projection",
+                    axes=("positions", "width", "width"),
+                )(rows_TxD)
         return out_nD.reshape(config.embeddings_per_block, config.block_decoder.width)
 
     def _encode(self, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:

@@ -17,11 +17,12 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x_TxD: jax.Array, real_T: jax.Array) -> jax.Array:
         encoder = self.config.embedder.encoder
+        heads = ("heads", "head_size")
         shape = (3, encoder.heads, encoder.width // encoder.heads)
-        qkv = linear(self.config, shape, name="qkv")(x_TxD)
+        qkv = linear(self.config, shape, name="qkv", axes=("width", "qkv", *heads))(x_TxD)
         mask_TxT = jnp.broadcast_to(real_T, (real_T.size, real_T.size))
         attended_TxHxC = attend(qkv[:, 0], qkv[:, 1], qkv[:, 2], mask_TxT)
-        out = linear(self.config, encoder.width, axis=(-2, -1), name="out")
+        out = linear(self.config, encoder.width, axis=(-2, -1), name="out", axes=(*heads, "width"))
         x_TxD = layer_norm(self.config, name="attention_norm")(x_TxD + out(attended_TxHxC))
         mlp = MLP(self.config, encoder.mlp_size, name="mlp")
         return layer_norm(self.config, name="mlp_norm")(x_TxD + mlp(x_TxD))

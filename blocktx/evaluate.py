@@ -10,13 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from blocktx.config import RunConfig
 from blocktx.data.corpus import Corpus
-from blocktx.data.pipeline import heldout_batches
+from blocktx.data.host_rows import HostRows
+from blocktx.data.pipeline import heldout_batches, heldout_size
 from blocktx.loss import position_sums
 from blocktx.model import Model
+from blocktx.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +94,20 @@ def evaluate(
 def _sums(
     model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
 ) -> jax.Array:
-    return jnp.stack(position_sums(model, params, tokens_BxNxK, mask_BxNxK))
+    sums_2xK = jnp.stack(position_sums(model, params, tokens_BxNxK, mask_BxNxK))
+    return constrain(sums_2xK, None, None)
 
 
 def heldout_evaluation(
-    config: RunConfig, model: Model, corpus: Corpus
+    config: RunConfig, model: Model, corpus: Corpus, mesh: Mesh
 ) -> Callable[[int, dict[str, Any]], dict[str, float]] | None:
     """A function of step and parameters that prints the held-out loss and returns it as scalars.
 
-    None, with a warning, if nothing is held out.
+    None, with a warning, if nothing is held out. All processes take part, and the first prints.
     """
     documents = corpus.heldout
-    batches = heldout_batches(documents, config, corpus.tokenizer.pad_id)
+    host_rows = HostRows(heldout_size(config), mesh)
+    batches = heldout_batches(documents, config, corpus.tokenizer.pad_id, host_rows.rows)
     if batches is None:
         print(
             "warning: no held-out text to evaluate on "
@@ -113,9 +118,10 @@ def heldout_evaluation(
 
     def evaluate_heldout(step: int, params: dict[str, Any]) -> dict[str, float]:
         bytes_per_token = documents.text_bytes / len(documents.tokens)
-        evaluation = evaluate(model, params, batches, bytes_per_token)
-        tqdm.write(f"held-out step={step} {evaluation}")  # to stdout, above the bar
-        sys.stdout.flush()
+        evaluation = evaluate(model, params, map(host_rows.place, batches), bytes_per_token)
+        if jax.process_index() == 0:
+            tqdm.write(f"held-out step={step} {evaluation}")  # to stdout, above the bar
+            sys.stdout.flush()
         return {f"heldout/{name}": value for name, value in evaluation.scalars().items()}
 
     return evaluate_heldout

@@ -3,23 +3,130 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from blocktx.model_config import ModelConfig
+from blocktx.sharding import BATCH_AXES, constrain, named
 
 
-def layer_norm(config: ModelConfig, *, name: str) -> nn.LayerNorm:
+class LayerNorm(nn.Module):
     """LayerNorm with epsilon 1e-5; its result is float32 in every compute dtype."""
-    return nn.LayerNorm(
-        epsilon=1e-5,
-        dtype=jnp.float32,
-        param_dtype=config.param_dtype,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits that the golden tests see
-        name=name,
-    )
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_TxD: jax.Array) -> jax.Array:
+        return normalize(self.config, x_TxD, [self.weights(x_TxD.shape[-1])])[0]
+
+    @nn.compact
+    def weights(self, width: int) -> tuple[jax.Array, jax.Array]:
+        """Scale and bias, each `[D]` and float32, for `normalize`."""
+        ones, zeros = (
+            named(init, "features") for init in (nn.initializers.ones, nn.initializers.zeros)
+        )
+        scale = self.param("scale", ones, (width,), self.config.param_dtype)
+        bias = self.param("bias", zeros, (width,), self.config.param_dtype)
+        return scale.astype(jnp.float32), bias.astype(jnp.float32)
+
+
+def layer_norm(config: ModelConfig, *, name: str) -> LayerNorm:
+    return LayerNorm(config, name=name)
+
+
+_Weights = list[tuple[jax.Array, jax.Array]]
+
+
+def normalize(config: ModelConfig, x_TxD: jax.Array, weights: _Weights) -> list[jax.Array]:
+    """For each scale and bias, the LayerNorm of `x_TxD` by them.
+
+    A scan over layers keeps for the gradient all that differentiation asks for, here several
+    float32 arrays of the size of `x_TxD`; on TPU, which they would keep busy, only `x_TxD` is kept.
+    """
+    return (_lean_normalize if config.platform == "tpu" else _normalize)(x_TxD, weights)
+
+
+def _standardize(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    mean_Tx1 = x_TxD.mean(-1, keepdims=True, dtype=jnp.float32)
+    centred_TxD = x_TxD - mean_Tx1
+    # Not E[x^2] - E[x]^2, which loses digits that the golden tests see.
+    rate_Tx1 = jax.lax.rsqrt(jnp.square(centred_TxD).mean(-1, keepdims=True) + 1e-5)
+    return centred_TxD * rate_Tx1, mean_Tx1, rate_Tx1
+
+
+def _normalize(x_TxD: jax.Array, weights: _Weights) -> list[jax.Array]:
+    normed_TxD = _standardize(x_TxD)[0]
+    return [normed_TxD * scale + bias for scale, bias in weights]
+
+
+_lean_normalize = jax.custom_vjp(_normalize)
+
+
+def _normalize_forward(x_TxD: jax.Array, weights: _Weights) -> tuple[list[jax.Array], tuple]:
+    normed_TxD, mean_Tx1, rate_Tx1 = _standardize(x_TxD)
+    outputs = [normed_TxD * scale + bias for scale, bias in weights]
+    return outputs, (x_TxD, mean_Tx1, rate_Tx1, weights)
+
+
+def _normalize_backward(kept: tuple, dy_TxD: list[jax.Array]) -> tuple[jax.Array, _Weights]:
+    x_TxD, mean_Tx1, rate_Tx1, weights = kept
+    normed_TxD = (x_TxD - mean_Tx1) * rate_Tx1
+    rows = tuple(range(x_TxD.ndim - 1))
+    dweights = [((dy * normed_TxD).sum(rows), dy.sum(rows)) for dy in dy_TxD]
+    slope_TxD = sum(dy * scale for dy, (scale, _) in zip(dy_TxD, weights, strict=True))
+    along_Tx1 = (slope_TxD * normed_TxD).mean(-1, keepdims=True)
+    across_Tx1 = slope_TxD.mean(-1, keepdims=True)
+    dx_TxD = rate_Tx1 * (slope_TxD - across_Tx1 - normed_TxD * along_Tx1)
+    return dx_TxD.astype(x_TxD.dtype), dweights
+
+
+_lean_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+class Heads(nn.Module):
+    """The parameters of `linear(config, (parts, heads, head_size))`, heads kept side by side.
+
+    XLA for TPU lays out an array that ends in heads and head size with positions along lanes, so as
+    not to pad it, and has to transpose it for whoever wants the width there.
+    """
+
+    config: ModelConfig
+    parts: int
+    heads: int
+    head_size: int
+
+    def __call__(self, x_TxD: jax.Array) -> jax.Array:
+        """All parts by one product: `[T, parts, heads * head_size]`."""
+        kernel, bias = self.weights(x_TxD.shape[-1])
+        return jnp.einsum("td,dne->tne", x_TxD.astype(kernel.dtype), kernel) + bias
+
+    def apart(self, x_TxD: jax.Array) -> list[jax.Array]:
+        """The parts by a product each, `[T, heads * head_size]`: arrays of their own."""
+        kernel, bias = self.weights(x_TxD.shape[-1])
+        x_TxD = x_TxD.astype(kernel.dtype)
+        return [x_TxD @ kernel[:, part] + bias[part] for part in range(self.parts)]
+
+    @nn.compact
+    def weights(self, width: int) -> tuple[jax.Array, jax.Array]:
+        """Kernel `[width, parts, heads * head_size]` and bias, in the compute dtype."""
+        config, features = self.config, (self.parts, self.heads, self.head_size)
+
+        def flat_init(key, shape, dtype):
+            init = nn.initializers.normal(config.initializer_range)
+            return init(key, (width, math.prod(features)), dtype).reshape(shape)
+
+        axes = ("qkv", "heads", "head_size")
+        kernel_init, bias_init = (
+            named(flat_init, "width", *axes),
+            named(nn.initializers.zeros, *axes),
+        )
+        kernel = self.param("kernel", kernel_init, (width, *features), config.param_dtype)
+        bias = self.param("bias", bias_init, features, config.param_dtype)
+        kernel, bias = (a.astype(config.compute_dtype) for a in (kernel, bias))
+        return kernel.reshape(width, self.parts, -1), bias.reshape(self.parts, -1)
 
 
 def linear(
@@ -27,27 +134,49 @@ def linear(
     features: int | tuple[int, ...],
     *,
     name: str,
+    axes: tuple[str, ...],
     axis: int | tuple[int, ...] = -1,
 ) -> nn.DenseGeneral:
-    """A projection of the last axis, or of `axis`, to one or several axes of `features`."""
+    """A projection of the last axis, or of `axis`, to one or several axes of `features`.
+
+    `axes` are the names of the kernel's axes (`blocktx.sharding.RULES`).
+    """
+    inputs = 1 if isinstance(axis, int) else len(axis)
+    bias_axes = ["features" if name == "width" else name for name in axes[inputs:]]
     return nn.DenseGeneral(
         features,
         axis=axis,
         dtype=config.compute_dtype,
         param_dtype=config.param_dtype,
-        kernel_init=nn.initializers.normal(config.initializer_range),
+        kernel_init=named(nn.initializers.normal(config.initializer_range), *axes),
+        bias_init=named(nn.initializers.zeros, *bias_axes),
         name=name,
     )
 
 
-def embedding(config: ModelConfig, width: int, *, name: str, rows: int | None = None) -> nn.Embed:
+class Embedding(nn.Embed):
+    """A table whose rows are put together before they are looked up, in the compute dtype.
+
+    XLA would look up the parts of rows that a device has and then move them, which costs more.
+    """
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table_VxD = constrain(self.embedding.astype(self.dtype), "vocab", "features")
+        return jnp.take(table_VxD, ids, axis=0)
+
+
+def embedding(config: ModelConfig, width: int, *, name: str, rows: int | None = None) -> Embedding:
     """A table of `rows` (None: `vocab_size`) of `width`."""
-    return nn.Embed(
+    return Embedding(
         rows or config.vocab_size,
         width,
         dtype=config.compute_dtype,
         param_dtype=config.param_dtype,
-        embedding_init=nn.initializers.normal(config.initializer_range),
+        embedding_init=named(
+            nn.initializers.normal(config.initializer_range),
+            "vocab" if rows is None else "positions",
+            "width",
+        ),
         name=name,
     )
 
@@ -59,7 +188,7 @@ def classifier(config: ModelConfig, *, name: str) -> nn.Dense:
         use_bias=False,
         dtype=config.compute_dtype,
         param_dtype=config.param_dtype,
-        kernel_init=nn.initializers.normal(config.initializer_range),
+        kernel_init=named(nn.initializers.normal(config.initializer_range), "width", "vocab"),
         dot_general=_float32_dot_general,
         name=name,
     )
@@ -68,13 +197,27 @@ def classifier(config: ModelConfig, *, name: str) -> nn.Dense:
 _float32_dot_general = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
+@jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x * Phi(x).
+    """Exact GELU, x * Phi(x); its slope is all that is kept for the gradient, in the type of `x`.
 
     `jax.nn.gelu(approximate=False)` goes through erfc, which takes 1.5 times as long on a CPU and
     gains digits only where the result is below 1e-6.
     """
-    return x * (0.5 * (1 + jax.lax.erf(x * (1 / math.sqrt(2)))))
+    return _gelu(x)[0]
+
+
+def _gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = x.astype(jnp.float32)
+    share = 0.5 * (1 + jax.lax.erf(wide * (1 / math.sqrt(2))))
+    slope = share + wide * jnp.exp(-0.5 * wide * wide) * (1 / math.sqrt(2 * math.pi))
+    return (wide * share).astype(x.dtype), slope.astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    y, slope = _gelu(*primals)
+    return y, slope * tangents[0]
 
 
 class MLP(nn.Module):
@@ -85,8 +228,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_TxD: jax.Array) -> jax.Array:
-        h_TxF = gelu(linear(self.config, self.hidden, name="up")(x_TxD))
-        return linear(self.config, x_TxD.shape[-1], name="down")(h_TxF)
+        h_TxF = linear(self.config, self.hidden, name="up", axes=("width", "mlp"))(x_TxD)
+        h_TxF = gelu(constrain(h_TxF, None, "mlp"))
+        return linear(self.config, x_TxD.shape[-1], name="down", axes=("mlp", "width"))(h_TxF)
 
 
 def rotary(x_TxHxC: jax.Array, position_T: jax.Array, dims: int, base: float) -> jax.Array:
@@ -104,11 +248,15 @@ def rotary(x_TxHxC: jax.Array, position_T: jax.Array, dims: int, base: float) ->
     return jnp.concatenate([part.astype(x_TxHxC.dtype) for part in turned] + [rest], axis=-1)
 
 
-def vmap_method(method: Callable, in_axes: int | tuple | None = 0) -> Callable:
+def over_blocks(method: Callable, in_axes: int | tuple = 0, **options: Any) -> Callable:
     """A module's method over one more leading axis, with the same parameters for all.
 
-    The result takes the module first: `vmap_method(Layer.__call__)(layer, x_BxTxD)`.
+    The result takes the module first: `over_blocks(Embedder.__call__)(embedder, tokens_NxK, ...)`.
     """
-    return nn.vmap(
-        method, variable_axes={"params": None}, split_rngs={"params": False}, in_axes=in_axes
-    )
+    shared = dict(variable_axes={"params": None}, split_rngs={"params": False})
+    return nn.vmap(method, in_axes=in_axes, **shared, **options)
+
+
+def over_batch(method: Callable, in_axes: int | tuple = 0) -> Callable:
+    """As `over_blocks`, over the rows of a batch, which stay spread over the mesh in all of it."""
+    return over_blocks(method, in_axes, spmd_axis_name=BATCH_AXES)

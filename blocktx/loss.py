@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from blocktx.config import LossConfig
+from blocktx.fused_loss import sum_of_nats
 from blocktx.model import BlockTransformer, Model
 
 _TEMPERATURE = 0.07  # of the contrastive loss; the authors'
@@ -56,13 +57,32 @@ def training_sums(
     The contrastive loss holds a matrix of all scored blocks by all scored blocks: where it is too
     large, more `training.microbatches` make it smaller (and the choice easier).
     """
-    if not config.weights:
+    fused = model.config.platform == "tpu"
+    if not config.weights and not fused:
         return {"loss": position_sums(model, params, tokens_BxNxK, mask_BxNxK)[0].sum()}
     mask_BxNxK = mask_BxNxK.astype(bool)
     scored_BxMxK = _scored(mask_BxNxK)
+    if model.config.kind == "vanilla":
+        hidden_BxTxD = model.apply(
+            {"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0], method="hidden"
+        )
+        classifier = params["classifier"]
+        return {
+            "loss": _fused_nats(
+                model, classifier, hidden_BxTxD[:, :, None], tokens_BxNxK, scored_BxMxK
+            )
+        }
 
     def sums(net: BlockTransformer) -> dict[str, jax.Array]:
         def nats(contexts_BxMxnD: jax.Array) -> jax.Array:
+            if fused:  # a last block that predicts nothing makes N of the N-1: whole tiles
+                contexts_BxNxnD = jnp.pad(contexts_BxMxnD, ((0, 0), (0, 1), (0, 0)))
+                next_BxNxK, real_BxNxK = (
+                    jnp.roll(x, -1, axis=1) for x in (tokens_BxNxK, mask_BxNxK)
+                )
+                hidden_BxNxKxE = net.hidden_blocks(contexts_BxNxnD, next_BxNxK, real_BxNxK)
+                classifier = params["token_decoder"]["classifier"]
+                return _fused_nats(model, classifier, hidden_BxNxKxE, tokens_BxNxK, scored_BxMxK)
             logits = net.decode_blocks(contexts_BxMxnD, tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:])
             return _nats(logits, tokens_BxNxK, scored_BxMxK).sum()
 
@@ -101,6 +121,22 @@ def _scored(mask_BxNxK: jax.Array) -> jax.Array:
 def _nats(logits_BxMxKxV: jax.Array, tokens_BxNxK: jax.Array, scored_BxMxK: jax.Array) -> jax.Array:
     nats = optax.softmax_cross_entropy_with_integer_labels(logits_BxMxKxV, tokens_BxNxK[:, 1:])
     return jnp.where(scored_BxMxK, nats, 0)
+
+
+def _fused_nats(
+    model: Model,
+    classifier: dict[str, Any],
+    hidden_BxNxKxE: jax.Array,
+    tokens_BxNxK: jax.Array,
+    scored_BxMxK: jax.Array,
+) -> jax.Array:
+    """The sum of the nats, from what the classifier sees of N blocks, of which the last is idle."""
+    return sum_of_nats(
+        hidden_BxNxKxE.astype(model.config.compute_dtype),
+        classifier["kernel"],
+        jnp.roll(tokens_BxNxK, -1, axis=1),
+        jnp.pad(scored_BxMxK, ((0, 0), (0, 1), (0, 0))),
+    )
 
 
 def _square_sum(context_BxMxnxD: jax.Array, next_BxMxnxD: jax.Array, real_BxM: jax.Array):

@@ -1,119 +1,89 @@
-"""What a run measures, shown: progress bar, metrics.jsonl, TensorBoard files, plot of the loss."""
+"""What a run measures, kept: metrics.jsonl, TensorBoard files, plot of the loss."""
 
+import io
 import json
 import math
 import os
-import pathlib
+import tempfile
 import time
 from collections.abc import Sequence
 
 import jax
 import tensorboardX
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
-from tqdm import tqdm
 
-from blocktx.config import TrainingConfig
+from blocktx.run_folder import Lines, copy_folder, is_bucket, write_whole
+
+_FLUSH_EVERY = 30  # seconds
 
 
 class MetricsWriter:
-    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`, for use in a `with` block."""
+    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`, for use in a `with` block.
+
+    Of several processes only the first writes.
+
+    Attributes:
+      began: when the first line of the run was written, in seconds since 1970; now, if none was.
+      productive: seconds that its steps had taken by the last line.
+    """
 
     def __init__(self, workdir: str | os.PathLike[str], after_step: int = 0):
         """Drops what was written for steps later than `after_step`, from where the run goes on."""
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
+        self.began, self.productive = time.time(), 0.0
+        self._lines = self._board = self._temporary = None
+        if jax.process_index() > 0:
+            return
+        path = epath.Path(workdir) / "metrics.jsonl"
+        kept = []
         if path.exists():
             kept = [line for line in read(workdir) if line["step"] <= after_step]
-            temporary = path.with_suffix(".jsonl.tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, path)
-        self._lines = path.open("a", buffering=1)  # line by line, for whoever watches
+            for line in reversed(kept):
+                self.began = line.get("time", self.began)
+                self.productive = max(self.productive, line.get("train/productive_seconds", 0.0))
+        self._lines = Lines(path, [json.dumps(line) for line in kept])
+        self._board_folder = path.with_name("tensorboard")
+        if is_bucket(path):
+            self._temporary = tempfile.TemporaryDirectory()
+        local = self._temporary.name if self._temporary else os.fspath(self._board_folder)
         self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=after_step + 1, flush_secs=30
+            local, purge_step=after_step + 1, flush_secs=_FLUSH_EVERY
         )
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lines.close()
+        if self._lines is None:
+            return
         self._board.close()
+        self.flush()
+        self._lines.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes one line `{"step": step, name: value, ...}`; not finite is null."""
+        """Writes one line `{"step": step, "time": now, name: value, ...}`; not finite is null."""
+        if self._lines is None:
+            return
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+        line = {"step": step, "time": round(time.time(), 3), **finite}
+        self._lines.write(json.dumps(line))
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
-
-
-class Progress:
-    """Reads each step's metrics while the device works on the next step, and shows them.
-
-    On a terminal as a bar on stderr, elsewhere as lines on stdout; in any case they are written
-    every `log_every` steps.
-    """
-
-    def __init__(self, writer: MetricsWriter, training: TrainingConfig, start: int):
-        self._writer, self._training, self._start = writer, training, start
-        self._bar = tqdm(total=training.steps, initial=start, unit=" steps", disable=None)
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._since: float | None = None  # since when tokens are counted, if they are
-        self._until, self._tokens = 0.0, 0
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Keeps the metrics of `train_step` for later, and reads those of the step before.
-
-        Raises:
-          FloatingPointError: if that step's loss or gradient is not finite.
-        """
-        pending, self._pending = self._pending, (step, metrics)
-        if pending is not None:
-            self._read(*pending)
+        if self._temporary is not None and time.monotonic() - self._flushed > _FLUSH_EVERY:
+            self.flush()
 
     def flush(self) -> None:
-        """Reads all metrics, as `add`. What is done before the next step is not timed."""
-        if self._pending is not None:
-            # Others are timed when the next step is under way; without a next one, tokens are not
-            # comparable with times.
-            self._read(*self._pending, timed=False)
-        self._pending, self._since, self._tokens = None, None, 0
-
-    def _read(self, step: int, metrics: dict[str, jax.Array], timed: bool = True) -> None:
-        values = {name: value.item() for name, value in metrics.items()}  # waits for the step
-        tokens = values.pop("tokens")
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise FloatingPointError(
-                f"step {step}: the loss is {values['loss']}, the gradient's norm "
-                f"{values['grad_norm']}"
-            )
-        shown = f"loss={values['loss']:.3f}"
-        if timed:
-            self._until = time.perf_counter()
-            if self._since is None:  # this step compiled, or began before an evaluation or a save
-                self._since = self._until
-            else:
-                self._tokens += tokens
-        if self._tokens:
-            values["tokens_per_second"] = self._tokens / (self._until - self._since)
-            shown += f" tokens/s={values['tokens_per_second']:,.0f}"
-        self._bar.set_postfix_str(shown, refresh=False)
-        self._bar.update()
-        ends = (self._start + 1, self._training.steps)
-        if step in ends or step % self._training.log_every == 0:
-            self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
-            self._since, self._tokens = self._until, 0
-            if self._bar.disable:
-                print(f"step={step} {shown}", flush=True)
+        """Brings what was written to a bucket; without, that is done every half a minute."""
+        if self._temporary is not None:
+            self._lines.flush()
+            self._board.flush()
+            copy_folder(self._temporary.name, self._board_folder)
+            self._flushed = time.monotonic()
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, float | None]]:
@@ -123,7 +93,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, float | None]]:
       FileNotFoundError: if there is no such file.
       ValueError: if a line other than the last is not JSON with a step.
     """
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    path = epath.Path(workdir) / "metrics.jsonl"
     texts = path.read_text().splitlines()
     lines = []
     for number, text in enumerate(texts, 1):
@@ -138,14 +108,14 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, float | None]]:
     return lines
 
 
-def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
+def plot_loss(workdir: str | os.PathLike[str]) -> epath.Path:
     """Draws training and held-out loss by step, and returns where: `workdir/loss.png`.
 
     Raises:
       FileNotFoundError: if `workdir` has no metrics.jsonl.
       ValueError: if no loss is in it.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     lines = read(workdir)
     train, heldout = _series(lines, "train/loss"), _series(lines, "heldout/loss")
     if not train and not heldout:
@@ -160,7 +130,7 @@ def plot_loss(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 def plot_runs(
     workdirs: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]
-) -> pathlib.Path:
+) -> epath.Path:
     """Draws the held-out losses of several runs into one PNG at `path`, and returns `path`.
 
     Raises:
@@ -175,10 +145,8 @@ def plot_runs(
         raise ValueError(f"no held-out loss to plot in {', '.join(empty)}")
     figure, axes = _loss_axes("held-out loss")
     for i, (workdir, heldout) in enumerate(runs.items()):
-        _draw_heldout(axes, heldout, f"C{i}", pathlib.Path(workdir).name)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return _save(figure, axes, path)
+        _draw_heldout(axes, heldout, f"C{i}", epath.Path(workdir).name)
+    return _save(figure, axes, epath.Path(path))
 
 
 def _series(lines: list[dict[str, float | None]], name: str) -> list[tuple[float, float]]:
@@ -215,9 +183,9 @@ def _draw_heldout(axes: Axes, heldout: list[tuple[float, float]], color: str, la
     )
 
 
-def _save(figure: Figure, axes: Axes, path: pathlib.Path) -> pathlib.Path:
+def _save(figure: Figure, axes: Axes, path: epath.Path) -> epath.Path:
     axes.legend(frameon=False)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_whole(path, png.getvalue())
     return path

@@ -18,12 +18,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, Sharding
 
 from blocktx.block_decoder import EXTEND_AXES, BlockDecoder
 from blocktx.cache import Cache, create_cache
 from blocktx.embedder import Embedder
-from blocktx.layers import vmap_method
+from blocktx.layers import over_batch, over_blocks
 from blocktx.model_config import BlockConfig, ModelConfig
+from blocktx.sharding import constrain, shardings
 from blocktx.token_decoder import TokenCache, TokenDecoder
 from blocktx.vanilla import Vanilla
 
@@ -47,7 +49,9 @@ class BlockTransformer(nn.Module):
 
         `mask_BxNxK` is 1 for real tokens. Positions count padding.
         """
-        context_BxNxnD = self.contexts(tokens_BxNxK, mask_BxNxK)
+        context_BxNxnD = constrain(
+            self.contexts(tokens_BxNxK, mask_BxNxK), "batch", "positions", "features"
+        )
         return self.decode_blocks(context_BxNxnD[:, :-1], tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:])
 
     def contexts(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
@@ -57,19 +61,26 @@ class BlockTransformer(nn.Module):
     def decode_embeddings(self, embeddings_BxNxnxD: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
         """Context embeddings `[B, N, n * D]` from input block embeddings."""
         real_BxN = mask_BxNxK.astype(bool).any(-1)
-        decode = vmap_method(BlockDecoder.__call__)
+        decode = over_batch(BlockDecoder.__call__)
         return decode(self.block_decoder, embeddings_BxNxnxD, real_BxN)
 
     def decode_blocks(
         self, context_BxNxnD: jax.Array, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
     ) -> jax.Array:
         """Float32 logits `[B, N, K, V]` of blocks, each block from a context embedding."""
-        decode = vmap_method(vmap_method(TokenDecoder.__call__))
+        decode = over_batch(over_blocks(TokenDecoder.__call__))
+        return decode(self.token_decoder, context_BxNxnD, tokens_BxNxK, mask_BxNxK.astype(bool))
+
+    def hidden_blocks(
+        self, context_BxNxnD: jax.Array, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
+    ) -> jax.Array:
+        """What the classifier makes the logits of `decode_blocks` from: float32 `[B, N, K, E]`."""
+        decode = over_batch(over_blocks(TokenDecoder.hidden))
         return decode(self.token_decoder, context_BxNxnD, tokens_BxNxK, mask_BxNxK.astype(bool))
 
     def embed_blocks(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
         """Input block embeddings `[B, N, n, D]`."""
-        embed = vmap_method(vmap_method(Embedder.__call__))
+        embed = over_batch(over_blocks(Embedder.__call__))
         return embed(self.embedder, tokens_BxNxK, mask_BxNxK.astype(bool))
 
     def create_cache(self, batch: int, slots: int) -> Cache:
@@ -92,7 +103,7 @@ class BlockTransformer(nn.Module):
         to `slot + N - 1`, the same in all rows, for all of which the cache must have room, and see
         each other in causal order and the slots that `seen_BxS` marks; None: no others.
         """
-        return vmap_method(BlockDecoder.extend, EXTEND_AXES)(
+        return over_batch(BlockDecoder.extend, EXTEND_AXES)(
             self.block_decoder,
             self.embed_blocks(tokens_BxNxK, mask_BxNxK),
             start_B,
@@ -109,13 +120,13 @@ class BlockTransformer(nn.Module):
 
     def start_block(self, context_BxnD: jax.Array, cache: Cache) -> tuple[jax.Array, TokenCache]:
         """Logits `[B, V]` of the first token of the block after `context_BxnD`, and its cache."""
-        return vmap_method(TokenDecoder.start)(self.token_decoder, context_BxnD, cache)
+        return over_batch(TokenDecoder.start)(self.token_decoder, context_BxnD, cache)
 
     def step_token(
         self, token_B: jax.Array, index: jax.Array | int, cache: TokenCache
     ) -> tuple[jax.Array, TokenCache]:
         """Logits `[B, V]` of token `index + 1`, from `token_B`, which is token `index`."""
-        return vmap_method(TokenDecoder.step, (0, None, 0))(
+        return over_batch(TokenDecoder.step, (0, None, 0))(
             self.token_decoder, token_B, index, cache
         )
 
@@ -130,8 +141,32 @@ def build(config: ModelConfig) -> Model:
     return BlockTransformer(config) if config.kind == "block" else Vanilla(config)
 
 
+def abstract_params(config: ModelConfig, place: Mesh | AbstractMesh | Sharding) -> dict[str, Any]:
+    """The parameters of a model as ShapeDtypeStructs, over a mesh by `blocktx.sharding.RULES`.
+
+    A sharding in place of a mesh is that of all of them.
+    """
+    model = build(config)
+    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+    shapes = nn.meta.unbox(boxed)
+    if isinstance(place, Sharding):
+        places = jax.tree.map(lambda _: place, shapes)
+    else:
+        places = shardings(boxed, place)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        places,
+    )
+
+
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
     """New parameters as nested dicts of arrays: normal weights, zero biases, unit norm scales."""
+    return nn.meta.unbox(_init(model, key))
+
+
+def _init(model: Model, key: jax.Array) -> dict[str, Any]:
+    """Those, each in a box with the names of its axes."""
     shape = (1, 2, model.config.block_length) if model.config.kind == "block" else (1, 2)
     tokens = jnp.zeros(shape, jnp.int32)
     return model.init(key, tokens, tokens)["params"]

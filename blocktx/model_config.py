@@ -153,7 +153,9 @@ class _ModelConfig:
     param_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
     scan_layers: bool = True  # parameters stacked under one scan; False: one subtree a layer
-    remat: Literal["none", "full"] = "none"  # recompute a layer's activations for its gradient
+    # What of a layer's activations is computed again for its gradient: nothing, all, all but the
+    # results of its matrix products, or nothing because those are kept in the host's memory.
+    remat: Literal["none", "full", "dots", "offload"] = "none"
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # whose formulations; auto: JAX's own
 
     def __post_init__(self):

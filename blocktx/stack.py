@@ -8,8 +8,15 @@ import jax.numpy as jnp
 
 from blocktx.attention import Attention, CrossAttention
 from blocktx.cache import Cache, LayerCache
-from blocktx.layers import MLP, layer_norm
+from blocktx.layers import MLP, layer_norm, normalize
 from blocktx.model_config import ModelConfig, StackConfig
+from blocktx.sharding import constrain
+
+_KEPT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 class Layer(nn.Module):
@@ -21,6 +28,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     stack: StackConfig
+    window: bool = False  # as of `Attention`
 
     @nn.compact
     def __call__(
@@ -32,19 +40,20 @@ class Layer(nn.Module):
         cache: LayerCache | None = None,
         slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
-        attention = Attention(self.config, self.stack, name="attention")
+        attention = Attention(self.config, self.stack, self.window, name="attention")
         mlp = MLP(self.config, self.stack.mlp_size, name="mlp")
-        attended_TxD, cache = attention(
-            layer_norm(self.config, name="attention_norm")(x_TxD), position_T, mask_TxS, cache, slot
-        )
-        mlp_norm = layer_norm(self.config, name="mlp_norm")
+        norms = [layer_norm(self.config, name=f"{part}_norm") for part in ("attention", "mlp")]
         if memory_MxD is None:
-            return x_TxD + attended_TxD + mlp(mlp_norm(x_TxD)), cache
+            width = x_TxD.shape[-1]
+            inputs = normalize(self.config, x_TxD, [norm.weights(width) for norm in norms])
+            attended_TxD, cache = attention(inputs[0], position_T, mask_TxS, cache, slot)
+            return constrain(x_TxD + attended_TxD + mlp(inputs[1]), None, None), cache
+        attended_TxD, cache = attention(norms[0](x_TxD), position_T, mask_TxS, cache, slot)
         x_TxD += attended_TxD
         cross = CrossAttention(self.config, self.stack, name="cross_attention")
         cross_norm = layer_norm(self.config, name="cross_attention_norm")
         x_TxD += cross(cross_norm(x_TxD), memory_MxD)
-        return x_TxD + mlp(mlp_norm(x_TxD)), cache
+        return constrain(x_TxD + mlp(norms[1](x_TxD)), None, None), cache
 
 
 class Stack(nn.Module):
@@ -52,6 +61,7 @@ class Stack(nn.Module):
 
     config: ModelConfig
     stack: StackConfig
+    window: bool = False  # as of `Attention`
 
     @nn.compact
     def __call__(
@@ -70,8 +80,8 @@ class Stack(nn.Module):
         """
         layers, scan = self.stack.layers, self.config.scan_layers
         layer = Layer
-        if self.config.remat == "full":
-            layer = nn.remat(Layer, prevent_cse=not scan)  # scan is a barrier of its own
+        if self.config.remat != "none":  # scan is a barrier of its own
+            layer = nn.remat(Layer, prevent_cse=not scan, policy=_KEPT[self.config.remat])
         if scan:
             if cache is not None:
                 raise ValueError("decoding takes separate layers; see blocktx.stack.unstack_layers")
@@ -81,14 +91,16 @@ class Stack(nn.Module):
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=layers,
+                metadata_params={nn.meta.PARTITION_NAME: "layers"},
             )
-            x_TxD, _ = scanned(self.config, self.stack, name="layers")(
+            x_TxD, _ = scanned(self.config, self.stack, self.window, name="layers")(
                 x_TxD, position_T, mask_TxS, memory_MxD
             )
         else:
             written = []
             for i in range(layers):
-                x_TxD, layer_cache = layer(self.config, self.stack, name=f"layers_{i}")(
+                one = layer(self.config, self.stack, self.window, name=f"layers_{i}")
+                x_TxD, layer_cache = one(
                     x_TxD, position_T, mask_TxS, memory_MxD, cache and cache[i], slot
                 )
                 written.append(layer_cache)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from blocktx.cache import Cache, causal_mask
 from blocktx.layers import classifier, embedding, linear
 from blocktx.model_config import BlockConfig
+from blocktx.sharding import constrain
 from blocktx.stack import Stack
 
 
@@ -32,11 +33,16 @@ class TokenDecoder(nn.Module):
     def setup(self):
         config = self.config
         self.embed = embedding(config, config.token_decoder.width, name="embed")
-        self.stack = Stack(config, config.token_decoder)
+        self.stack = Stack(config, config.token_decoder, window=True)
         self.classifier = classifier(config, name="classifier")
         # P or K vectors out of one context, by one linear map.
         count = config.prefix_length if self._has_prefix else config.block_length
-        self.expansion = linear(config, (count, config.token_decoder.width), name="expansion")
+        self.expansion = linear(
+            config,
+            (count, config.token_decoder.width),
+            name="expansion",
+            axes=("width", "positions", "width"),
+        )
 
     @property
     def _has_prefix(self) -> bool:
@@ -44,6 +50,11 @@ class TokenDecoder(nn.Module):
 
     def __call__(self, context_D: jax.Array, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
         """Logits `[K, V]` of a block's tokens, each from the context and the tokens before it."""
+        logits_KxV = self.classifier(self.hidden(context_D, tokens_K, mask_K))
+        return constrain(logits_KxV, None, "vocab")
+
+    def hidden(self, context_D: jax.Array, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
+        """What the classifier makes the logits of `__call__` from: float32 `[K, E]`."""
         first_PxE, condition_KxE = self._begin(context_D)
         x_TxE = jnp.concatenate([first_PxE, self.embed(tokens_K[:-1])])
         first = first_PxE.shape[0]
@@ -51,7 +62,7 @@ class TokenDecoder(nn.Module):
         real_T = jnp.concatenate([jnp.ones(first, bool), mask_K[:-1]])
         mask_TxT = real_T & causal_mask(position_T, position_T.size)
         hidden_TxE, _ = self._run(x_TxE, position_T, mask_TxT, condition_KxE, None)
-        return self.classifier(hidden_TxE[first - 1 :])
+        return hidden_TxE[first - 1 :]
 
     def start(self, context_D: jax.Array, cache: Cache) -> tuple[jax.Array, TokenCache]:
         """Logits `[V]` of a block's first token, and a cache that knows the context."""

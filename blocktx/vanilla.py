@@ -9,8 +9,9 @@ import jax
 
 from blocktx.block_decoder import EXTEND_AXES, BlockDecoder
 from blocktx.cache import Cache, create_cache
-from blocktx.layers import classifier, embedding, vmap_method
+from blocktx.layers import classifier, embedding, over_batch
 from blocktx.model_config import VanillaConfig
+from blocktx.sharding import constrain
 
 
 class Vanilla(nn.Module):
@@ -28,10 +29,14 @@ class Vanilla(nn.Module):
 
         `mask_BxT` is 1 for real tokens; padding is seen by no other token.
         """
-        hidden_BxTxD = vmap_method(BlockDecoder.__call__)(
+        logits_BxTxV = self.classifier(self.hidden(tokens_BxT, mask_BxT))
+        return constrain(logits_BxTxV, "batch", "positions", "vocab")
+
+    def hidden(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """What the classifier makes the logits of `__call__` from: float32 `[B, T, D]`."""
+        return over_batch(BlockDecoder.__call__)(
             self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
         )
-        return self.classifier(hidden_BxTxD)
 
     def create_cache(self, batch: int, slots: int) -> Cache:
         return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
@@ -46,7 +51,7 @@ class Vanilla(nn.Module):
         seen_BxS: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         del mask_BxNxK  # a token of padding is never in `seen_BxS`
-        return vmap_method(BlockDecoder.extend, EXTEND_AXES)(
+        return over_batch(BlockDecoder.extend, EXTEND_AXES)(
             self.decoder, self.embed(tokens_BxNxK), start_B, cache, slot, seen_BxS
         )
 

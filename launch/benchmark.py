@@ -9,7 +9,7 @@ import os
 import jax
 from absl import flags
 
-from blocktx import benchmark, benchmark_report, checkpoint, command_line, metrics, sampling
+from blocktx import benchmark, benchmark_report, checkpoint, command_line, decoding, metrics
 from blocktx.machine import measure_machine
 from blocktx.model import build
 
@@ -34,7 +34,7 @@ _SETTING = flags.DEFINE_enum(
 _PROMPT = flags.DEFINE_integer("prompt", None, "Tokens in.", lower_bound=1)
 _NEW = flags.DEFINE_integer("new", None, "Tokens out.", lower_bound=1)
 _BATCH_SIZES = flags.DEFINE_list(
-    "batch_sizes", None, "As in 1,8,32. None: the largest that fits into the memory."
+    "batch_sizes", None, "As in 1,8,32. None: the largest power of two that fits into the memory."
 )
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Of which the median counts.", lower_bound=1)
 _MEMORY_LIMIT = flags.DEFINE_float(
@@ -110,7 +110,7 @@ def _saved(path: str, tokens: int) -> benchmark.Candidate:
     run = loaded.path.parent.parent
     lines = metrics.read(run) if (run / "metrics.jsonl").exists() else []
     losses = [line["heldout/loss"] for line in lines if line.get("heldout/loss") is not None]
-    separate = sampling.separate_layers(build(model), loaded.params)
+    separate = decoding.separate_layers(build(model), loaded.params)
     return benchmark.Candidate(run.name, *separate, losses[-1] if losses else None)
 
 

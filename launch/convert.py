@@ -5,6 +5,10 @@ r"""Bring models of other code here, and take them back.
     python launch/convert.py to-official --checkpoint=runs/block --output=DIR
     python launch/convert.py to-neox --checkpoint=runs/pythia --output=DIR
 
+Write a run as one safetensors file with our names, for any framework and for all that reads a run:
+
+    python launch/convert.py to-safetensors --checkpoint=runs/block --output=DIR
+
 Turn a vanilla model into a block model, and make the blocks of one longer, to train on from there:
 
     python launch/convert.py uptrain --from=runs/pythia --method=partition --block-length=4 \
@@ -22,7 +26,7 @@ import sys
 from typing import NoReturn, get_args
 
 import blocktx.convert
-from blocktx import checkpoint
+from blocktx import checkpoint, safetensors_folder
 from blocktx.command_line import read_config
 from blocktx.config import DataConfig, RunConfig
 from blocktx.convert.tensors import DTYPES, check_new, open_checkpoint
@@ -66,6 +70,16 @@ def _export(args: argparse.Namespace) -> None:
         print("model.safetensors and official.yaml are what the authors' code loads")
     else:
         print(f"transformers.AutoModelForCausalLM.from_pretrained({args.output!r})")
+
+
+def _to_safetensors(args: argparse.Namespace) -> None:
+    check_new(args.output)
+    run = checkpoint.load_params(args.checkpoint)
+    safetensors_folder.write(
+        args.output, run.params, run.config, step=run.step, tokenizer=_tokenizer_of(run)
+    )
+    _report(build(run.config.model), args.output)
+    print(f"blocktx.load({args.output!r}), or safetensors alone; config.json describes the run")
 
 
 def _uptrain(args: argparse.Namespace) -> None:
@@ -112,9 +126,10 @@ def _with_flags(message: str) -> str:
 
 def _check_ours(source: str, command: str) -> None:
     path = pathlib.Path(source).expanduser()
-    if path.is_file() or (
+    foreign = path.is_file() or (
         path.is_dir() and any(path.glob("*.safetensors*")) and not (path / "checkpoints").exists()
-    ):
+    )
+    if foreign and not safetensors_folder.is_ours(path):
         raise ValueError(
             f"--from: {source} is not a run of blocktx; bring it here first: "
             f"python launch/convert.py {command} --checkpoint={source} --output=..."
@@ -122,8 +137,8 @@ def _check_ours(source: str, command: str) -> None:
 
 
 def _tokenizer_of(run: checkpoint.Checkpoint) -> pathlib.Path | None:
-    beside = pathlib.Path(run.path).parent.parent / "tokenizer.json"
-    return beside if beside.exists() else None
+    file = checkpoint.tokenizer_file(run.path)
+    return pathlib.Path(file) if file.exists() else None
 
 
 def _tokenizer_beside(path: str) -> pathlib.Path | None:
@@ -198,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
         command = add(f"to-{name}", _export, f"a run of ours -> files for {name}")
         command.add_argument("--checkpoint", required=True, help="a run's folder or one step's")
         command.add_argument("--dtype", choices=DTYPES.values(), default="float32")
+
+    command = add("to-safetensors", _to_safetensors, "a run of ours -> one safetensors file")
+    command.add_argument("--checkpoint", required=True, help="a run's folder or one step's")
 
     command = add("uptrain", _uptrain, "a vanilla run of ours -> the start of a block run")
     command.add_argument("--method", choices=get_args(Method), required=True)

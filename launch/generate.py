@@ -3,6 +3,8 @@
 python launch/generate.py --checkpoint=runs/quickstart --prompt="The state of the Union is"
 """
 
+import itertools
+
 import jax
 from absl import flags
 
@@ -22,7 +24,21 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens; 0
 _TOP_P = flags.DEFINE_float(
     "top_p", 1.0, "Sample from the fewest tokens that together have this probability."
 )
+_MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "Sample from the tokens with this share of the likeliest one's probability."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
+_STOP = flags.DEFINE_multi_string("stop", [], "Text that ends what is written; may be repeated.")
+_PLACEMENT = flags.DEFINE_enum(
+    "placement",
+    None,
+    ["pad", "force"],
+    "Prompts that are not whole blocks: padded in front (for models trained with random padding) "
+    "or forced on the token decoder. By default what fits the checkpoint's training.",
+)
+_STREAM = flags.DEFINE_boolean(
+    "stream", False, "Print blocks as they are finished; for one prompt."
+)
 _AGAINST = flags.DEFINE_enum(
     "against",
     None,
@@ -53,18 +69,30 @@ def main() -> None:
     engine = blocktx.load(_CHECKPOINT.value)
     if _AGAINST.value and engine.config.model.kind != "block":
         raise ValueError("--against: the checkpoint is of a vanilla model itself")
-    texts = engine.generate(
-        _PROMPT.value,
+    prompts = _PROMPT.value
+    if _STREAM.value and len(prompts) > 1:
+        raise ValueError(f"--stream: got {len(prompts)} prompts, prints one; leave it out")
+    result = engine.generate(
+        prompts[0] if _STREAM.value else prompts,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
         seed=_SEED.value,
+        stop=_STOP.value,
+        placement=_PLACEMENT.value,
+        stream=_STREAM.value,
     )
-    for prompt, text in zip(_PROMPT.value, texts, strict=True):
-        print(f"{prompt}{text}" if len(texts) == 1 else f"--- {prompt}{text}")
+    if _STREAM.value:
+        for part in itertools.chain(prompts, result):
+            print(part, end="", flush=True)
+        print()
+    else:
+        for prompt, text in zip(prompts, result, strict=True):
+            print(f"{prompt}{text}" if len(prompts) == 1 else f"--- {prompt}{text}")
     if _AGAINST.value:
-        longest = max(len(engine.tokenizer.encode(prompt)) for prompt in _PROMPT.value)
+        longest = max(len(engine.tokenizer.encode(prompt)) for prompt in prompts)
         _compare(engine, max(longest, 1), _MAX_NEW_TOKENS.value)
 
 

@@ -1,6 +1,9 @@
 """Settings of the whole suite, and the tiny run that several files look at."""
 
+import importlib.util
 import os
+import pathlib
+from collections.abc import Callable
 
 # Most of the suite's time is compilation; results are the same to the tests' tolerances.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -23,3 +26,13 @@ def finished(data, tmp_path_factory):
     config = run_config(data, checkpoint_every=2)
     workdir = tmp_path_factory.mktemp("finished") / "run"
     return config, workdir, train(config, workdir)
+
+
+@pytest.fixture(scope="session")
+def convert() -> Callable[..., None]:
+    """`launch/convert.py`, called with the arguments of a command line."""
+    script = pathlib.Path(__file__).parents[1] / "launch" / "convert.py"
+    spec = importlib.util.spec_from_file_location("launch_convert", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *argv: module.main([str(arg) for arg in argv])

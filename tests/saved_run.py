@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blocktx.checkpoint import Checkpoints
-from blocktx.checkpoint_folder import abstract_params
 from blocktx.config import RunConfig, TrainingConfig
+from blocktx.model import abstract_params
 from blocktx.model_config import BlockConfig, StackConfig
 from blocktx.optimizer import optimizer
 

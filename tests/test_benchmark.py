@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from blocktx import benchmark, benchmark_report, cost, machine, sampling
+from blocktx import benchmark, benchmark_report, cost, machine
 from blocktx.benchmark import Candidate, Result
 from blocktx.model_config import BlockConfig, StackConfig
 
@@ -58,7 +58,7 @@ def test_largest_batch_is_the_last_that_fits(candidate, monkeypatch):
     monkeypatch.setattr(benchmark, "program_bytes", lambda _, rows, *__: 5000 + 9000 * rows)
     shape = dict(prompt_tokens=64, new_tokens=64)
     limit = held + 5000 + 9000 * 37 + 4000
-    assert benchmark.largest_batch(candidate, limit, **shape) == 37
+    assert benchmark.largest_batch(candidate, limit, **shape) == 32
     with pytest.raises(ValueError, match=r"memory_limit: tiny needs .* GiB for a batch of 1"):
         benchmark.largest_batch(candidate, held + 13_999, **shape)
 
@@ -100,6 +100,13 @@ def test_machine_is_measured(monkeypatch):
     assert measured.device == jax.devices()[0].device_kind
 
 
-def test_slots_are_those_of_the_buckets():
-    assert sampling.slots(CONFIG, 2048, 128) == 544
-    assert sampling.slots(CONFIG, 3, 1) == 32
+def test_memory_of_a_row_is_that_of_its_cache_and_logits():
+    # What a step needs beside the cache is little beside several layers of many slots.
+    stack = StackConfig(4, width=48, heads=2)
+    config = dataclasses.replace(CONFIG, block_decoder=stack, vocab_size=16)
+    config = benchmark.with_room(config, 1024 + 64)
+    wide = Candidate("wide", *benchmark.random_model(config))
+    shape = (1024, 64)
+    few, many = (benchmark.program_bytes(wide, rows, *shape) for rows in (256, 512))
+    counted = benchmark.counted_bytes(config, *shape) + 4 * sum(shape)  # and tokens
+    assert (many - few) / 256 == pytest.approx(counted, rel=0.05)

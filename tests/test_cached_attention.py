@@ -7,6 +7,7 @@ import pytest
 
 from blocktx import cached_attention
 from blocktx.layers import rotary
+from blocktx.model_config import StackConfig
 
 FORMULATIONS = [
     cached_attention.attend_by_head,
@@ -58,11 +59,13 @@ def test_rotary_by_product_equals_rotary(dims):
 
 def test_choice_of_formulation():
     def chosen(*args):
-        return cached_attention.formulation(*args)[1].__name__
+        return cached_attention.formulation(*args)[1].func.__name__
 
-    assert chosen("tpu", 1, 544, 12) == "attend_block_diagonal"
-    assert chosen("tpu", 1, 5, 12) == "attend_elementwise"
-    assert chosen("tpu", 256, 544, 12) == "attend_by_head"
-    assert chosen("cpu", 1, 544, 12) == "attend_block_diagonal"
-    assert chosen("cpu", 1, 5, 12) == "attend_by_head"
-    assert chosen("gpu", 1, 544, 12) == "attend_by_head"
+    stack = StackConfig(layers=1, width=768, heads=12)
+
+    assert chosen("tpu", 1, 544, stack) == "attend_block_diagonal"
+    assert chosen("tpu", 1, 5, stack) == "attend_elementwise"
+    assert chosen("tpu", 256, 544, stack) == "attend_by_head"
+    assert chosen("cpu", 1, 544, stack) == "attend_by_head"
+    assert chosen("cpu", 1, 5, stack) == "attend_by_head"
+    assert chosen("gpu", 1, 544, stack) == "attend_by_head"

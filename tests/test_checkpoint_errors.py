@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -24,8 +23,8 @@ from saved_run import (
 )
 
 from blocktx.checkpoint import Checkpoints, load_params
-from blocktx.checkpoint_folder import abstract_params, local_workdir
 from blocktx.config import DataConfig, OptimizerConfig, TrainingConfig
+from blocktx.model import abstract_params
 from blocktx.model_config import VanillaConfig
 
 
@@ -205,20 +204,6 @@ def test_resume_may_change_training_optimizer_and_cache(workdir):
         optimizer=OptimizerConfig(learning_rate=0.5, clip_norm=0.0, schedule="cosine"),
     )
     assert restore(workdir, config).step == 3
-
-
-def test_workdir_that_cannot_be_made(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    for place in ("file", "file/run"):
-        with pytest.raises(NotADirectoryError, match=f"cannot make {tmp_path}/{place}: .*/file is"):
-            local_workdir(tmp_path / place)
-    with pytest.raises(ValueError, match="gs://bucket/run is not a local folder"):
-        local_workdir("gs://bucket/run")
-    assert local_workdir(tmp_path / "new" / "run") == tmp_path / "new" / "run"
-    assert not (tmp_path / "new").exists()
-    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root
-    with pytest.raises(PermissionError, match=f"cannot write to {tmp_path}/run"):
-        local_workdir(tmp_path / "run")
 
 
 def test_resume_names_fields_of_another_kind_of_model(workdir):

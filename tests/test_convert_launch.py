@@ -1,7 +1,5 @@
 """launch/convert.py, and checkpoints that hold nothing but parameters."""
 
-import importlib.util
-import pathlib
 import shutil
 
 import golden
@@ -15,16 +13,6 @@ from blocktx import checkpoint
 from blocktx.config import RunConfig
 from blocktx.convert import load_official
 from blocktx.data.tokenizer import Tokenizer
-
-SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "convert.py"
-
-
-@pytest.fixture(scope="module")
-def convert():
-    spec = importlib.util.spec_from_file_location("launch_convert", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *argv: module.main([str(arg) for arg in argv])
 
 
 def error(convert, capsys, *argv):

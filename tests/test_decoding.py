@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from random_weights import random_params
 
+from blocktx.decoding import generate, generate_blocks
 from blocktx.model import build
 from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
-from blocktx.sampling import generate
 from blocktx.stack import stack_layers
 
 PAD = 0
@@ -37,7 +37,8 @@ def apply(net, method, params, *args):
 class Case:
     """A model, and prompts of every length up to two blocks in one ragged batch."""
 
-    def __init__(self, config):
+    def __init__(self, config, placement="pad"):
+        self.placement = placement
         self.net, self.length = build(config), config.block_length
         self.params = random_params(self.net)
         self.lengths = range(1, 2 * self.length + (1 if self.length > 1 else 3))
@@ -46,6 +47,10 @@ class Case:
         self.prompts = [rng.integers(1, 53, length).tolist() for length in self.lengths]
         self.prompt_blocks = np.array([-(-length // self.length) for length in self.lengths])
         self.blocks = max(self.prompt_blocks) + NEW_BLOCKS
+        self.first = [  # the place of each row's first token
+            -length % self.length if placement == "pad" or length < self.length else 0
+            for length in self.lengths
+        ]
 
     def left_padded(self):
         """The prompts as `generate` takes them."""
@@ -58,7 +63,7 @@ class Case:
         tokens = np.full((self.rows, self.blocks * self.length), PAD)
         mask = np.zeros_like(tokens)
         for b, (prompt, after) in enumerate(zip(self.prompts, continuation, strict=True)):
-            begin = -len(prompt) % self.length
+            begin = self.first[b]
             text = [*prompt, *after]
             tokens[b, begin : begin + len(text)] = text
             mask[b, begin : begin + len(text)] = 1
@@ -70,12 +75,13 @@ class Case:
         tokens, mask = self.begun_at_zero(continuation)
         if self.net.config.kind == "vanilla":
             logits = apply(self.net, "__call__", self.params, tokens[..., 0], mask[..., 0])
-            logits = logits[:, :-1, None]
+            logits = logits[:, :-1]
         else:
             logits = apply(self.net, "__call__", self.params, tokens, mask)
-        first = self.prompt_blocks[:, None] - 1 + np.arange(NEW_BLOCKS)
-        logits = np.take_along_axis(np.asarray(logits), first[..., None, None], axis=1)
-        return logits.reshape(self.rows, -1, logits.shape[-1])
+        logits = np.asarray(logits).reshape(self.rows, -1, logits.shape[-1])
+        # They are of the tokens from the second block on.
+        drawn = np.add(self.first, self.lengths)[:, None] + np.arange(NEW_BLOCKS * self.length)
+        return np.take_along_axis(logits, (drawn - self.length)[..., None], axis=1)
 
     @functools.cached_property
     def greedy(self):
@@ -87,16 +93,26 @@ class Case:
         return chosen
 
     def generate(self, **options):
-        options = dict(max_new_tokens=NEW_BLOCKS * self.length, temperature=0, pad_id=PAD) | options
-        return np.asarray(generate(self.net, self.params, *self.left_padded(), **options))
+        return generate(self.net, self.params, *self.left_padded(), **self.options(**options))
+
+    def options(self, **options):
+        new = NEW_BLOCKS * self.length
+        standard = dict(max_new_tokens=new, temperature=0, pad_id=PAD, placement=self.placement)
+        return standard | options
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+CASES = [(name, "pad") for name in CONFIGS] + [(2, "force"), (4, "force")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def case(request):
-    return Case(CONFIGS[request.param])
+    name, placement = request.param
+    return Case(CONFIGS[name], placement)
 
 
-def test_stepwise_equals_teacher_forcing(case):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stepwise_equals_teacher_forcing(name):
+    case = Case(CONFIGS[name])
     run = functools.partial(apply, case.net)
     rng, rows, params = np.random.default_rng(1), case.rows, case.params
     new = rng.integers(0, 53, (rows, NEW_BLOCKS, case.length))
@@ -135,26 +151,64 @@ def test_greedy_equals_a_full_forward_for_every_token(case):
     np.testing.assert_array_equal(case.generate(max_new_tokens=part), case.greedy[:, :part])
 
 
-def test_rows_end_at_the_end_token(case):
-    # A token that cuts off something in one row or more, but not in all.
-    for end_id in np.unique(case.greedy):
-        before = np.cumsum(case.greedy == end_id, axis=1) - (case.greedy == end_id)
+def test_budgets_are_of_each_row(case):
+    budget = 1 + np.arange(case.rows) % case.greedy.shape[1]
+    greedy = case.greedy[:, : budget.max()]
+    expected = np.where(np.arange(budget.max()) < budget[:, None], greedy, PAD)
+    np.testing.assert_array_equal(case.generate(max_new_tokens=budget), expected)
+
+
+def test_rows_end_at_a_stop_token(case):
+    # Tokens that cut off something in one row or more, but not in all.
+    for token in np.unique(case.greedy):
+        stop = [int(token), 52]
+        hit = np.isin(case.greedy, stop)
+        before = np.cumsum(hit, axis=1) - hit
         expected = np.where(before > 0, PAD, case.greedy)
         changed = (expected != case.greedy).any(1)
         if changed.any() and not changed.all():
             break
     else:
         pytest.fail("no such token: choose other weights")
-    np.testing.assert_array_equal(case.generate(end_id=int(end_id)), expected)
+    np.testing.assert_array_equal(case.generate(stop=stop), expected)
+
+
+def test_blocks_come_one_by_one_as_they_come_together(case):
+    budget = case.greedy.shape[1] - 1
+    stop = [int(case.greedy[0, budget // 2])]
+    options = case.options(max_new_tokens=budget, stop=stop, return_logprobs=True)
+    tokens, logprobs = generate(case.net, case.params, *case.left_padded(), **options)
+    results = list(generate_blocks(case.net, case.params, *case.left_padded(), **options, every=1))
+    known = np.zeros(case.rows, int)
+    for result in results:
+        drawn = np.arange(budget) < result.count_B[:, None]
+        np.testing.assert_array_equal(result.tokens_BxM, np.where(drawn, tokens, PAD))
+        np.testing.assert_array_equal(result.logprobs_BxM, np.where(drawn, logprobs, 0))
+        whole = (np.add(case.first, case.lengths) + result.count_B) % case.length == 0
+        assert (whole | result.finished_B).all()
+        assert ((result.count_B > known) | result.finished_B).all()
+        known = result.count_B
+        last = tokens[np.arange(case.rows), result.count_B - 1]
+        np.testing.assert_array_equal(result.ended_B, last == stop[0])
+    assert results[-1].finished_B.all()
+    assert not any(result.finished_B.all() for result in results[:-1])
+    np.testing.assert_array_equal(known == budget, ~np.isin(tokens[:, :-1], stop).any(1))
+
+
+def test_logprobs_are_the_models(case):
+    tokens, logprobs = case.generate(return_logprobs=True)
+    np.testing.assert_array_equal(tokens, case.greedy)
+    expected = jax.nn.log_softmax(case.teacher_forced(tokens))
+    expected = np.take_along_axis(np.asarray(expected), tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(logprobs, expected, atol=1e-4, rtol=0)
+    # Temperature and truncation change what is drawn, not what the model thinks of it.
+    tokens, logprobs = case.generate(return_logprobs=True, temperature=3.0, top_k=20)
+    expected = jax.nn.log_softmax(case.teacher_forced(tokens))
+    expected = np.take_along_axis(np.asarray(expected), tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(logprobs, expected, atol=1e-4, rtol=0)
 
 
 def test_stacked_layers_generate_the_same(case):
     net = build(dataclasses.replace(case.net.config, scan_layers=True))
-    got = generate(
-        net,
-        stack_layers(case.params),
-        *case.left_padded(),
-        max_new_tokens=case.greedy.shape[1],
-        temperature=0,
-    )
+    got = generate(net, stack_layers(case.params), *case.left_padded(), **case.options())
     np.testing.assert_array_equal(got, case.greedy)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from blocktx import loss, sampling
+from blocktx import decoding, loss
 from blocktx.convert import load_neox, load_official
 
 ROWS = 3  # of every batch, so that a case compiles each function once
@@ -37,7 +37,7 @@ def generate(net, params, prompt, mask, length, **kwargs):
     again = [0] * (ROWS - len(prompt))
     prompt, mask = np.concatenate([prompt, prompt[again]]), np.concatenate([mask, mask[again]])
     new = length - prompt.shape[1]
-    generated = sampling.generate(
+    generated = decoding.generate(
         net, params, prompt, mask, max_new_tokens=new, temperature=0, **kwargs
     )
     return np.asarray(generated)[: ROWS - len(again)]
@@ -79,7 +79,7 @@ def test_block_forward(block_case):
 
 def test_block_greedy(block_case):
     net, params, expected = block_case
-    net, params = sampling.separate_layers(net, params)
+    net, params = decoding.separate_layers(net, params)
     for case in ("genA", "genB", "genC", "genD"):
         prompt, mask = expected[f"{case}_input_ids"], expected[f"{case}_attention_mask"]
         full = expected[f"{case}_generated_consistent_full"]
@@ -90,12 +90,12 @@ def test_block_greedy(block_case):
 
 def test_block_greedy_to_the_end_of_sequence(block_case):
     net, params, expected = block_case
-    net, params = sampling.separate_layers(net, params)
+    net, params = decoding.separate_layers(net, params)
     prompt, end = expected["genA_input_ids"], int(expected["genEOS_eos_token_id"])
     theirs = expected["genEOS_generated_consistent"]
     assert (theirs[:, : prompt.shape[1]] == prompt).all()
     mask = np.ones_like(prompt)
-    generated = generate(net, params, prompt, mask, theirs.shape[1], end_id=end)
+    generated = generate(net, params, prompt, mask, theirs.shape[1], stop=[end])
     for ours_T, theirs_T in zip(generated, theirs[:, prompt.shape[1] :], strict=True):
         if end in theirs_T.tolist():
             length = theirs_T.tolist().index(end) + 1

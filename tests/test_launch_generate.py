@@ -37,9 +37,11 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 
 def test_text_and_throughput(run):
-    settings = dict(max_new_tokens=8, temperature=0.5, top_k=50, top_p=0.9, seed=3)
+    settings = dict(max_new_tokens=8, temperature=0.5, top_k=50, top_p=0.9, min_p=0.01, seed=3)
+    settings |= dict(placement="force", stop="zz")
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    done = launch(f"--checkpoint={run}", "--prompt=token cache", *flags, "--against=vanilla")
+    more = ["--stream", "--against=vanilla"]
+    done = launch(f"--checkpoint={run}", "--prompt=token cache", *flags, *more)
     assert done.returncode == 0, done.stderr
     expected = f"token cache{blocktx.load(run).generate('token cache', **settings)}\n"
     assert done.stdout.startswith(expected + "\nDecode throughput in tokens/s on cpu")
@@ -53,11 +55,19 @@ def test_text_and_throughput(run):
         assert ratio == pytest.approx(block / vanilla, abs=0.06, rel=0.05)
 
 
+def test_several_prompts(run):
+    done = launch(f"--checkpoint={run}", "--prompt=token", "--prompt=cache", "--max_new_tokens=5")
+    assert done.returncode == 0, done.stderr
+    texts = blocktx.load(run).generate(["token", "cache"], max_new_tokens=5)
+    assert done.stdout == f"--- token{texts[0]}\n--- cache{texts[1]}\n"
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "flags", "message"),
     [
         ("nowhere", [], "there is no such folder"),
         ("run", ["--max_new_tokens=0"], "max_new_tokens: got 0"),
+        ("run", ["--prompt=a", "--prompt=b", "--stream"], "--stream: got 2 prompts, prints one"),
     ],
 )
 def test_mistake_is_one_line(run, checkpoint, flags, message):

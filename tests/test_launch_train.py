@@ -83,6 +83,23 @@ def test_mistake_is_one_line(flags, message, config_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_processes=2"], "--coordinator_address, process_id: missing"),
+        (["--distributed=maybe"], "--distributed=maybe"),
+        (["--heartbeat_timeout=0"], "--heartbeat_timeout: got 0"),
+        (["--distributed=on"], "--distributed: "),
+    ],
+)
+def test_mistake_about_other_processes(flags, message, config_file, tmp_path):
+    done = launch(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
 def test_configuration_that_is_not_there(tmp_path):
     done = launch("--config=configs/nowhere.py", f"--workdir={tmp_path / 'run'}")
     assert done.returncode in (1, 2)

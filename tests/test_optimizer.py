@@ -53,10 +53,11 @@ def test_no_step_is_taken_at_rate_zero(kind, warmup):
     assert (rates(config, 5) > 0).all()
 
 
-def test_weight_decay_moves_matrices_only():
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_weight_decay_moves_matrices_only(name):
     shapes = jax.eval_shape(lambda: init_params(build(MODEL), jax.random.key(0)))
     params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
-    chain = optimizer(run(learning_rate=0.5, weight_decay=0.2, schedule="constant"))
+    chain = optimizer(run(name=name, learning_rate=0.5, weight_decay=0.2, schedule="constant"))
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(chain.update)(zero, chain.init(params), params)
     kinds = set()
@@ -86,6 +87,50 @@ def test_clipping_scales_the_whole_gradient():
     np.testing.assert_allclose(optax.tree.norm(update(0.0)), 10, rtol=1e-4)
     np.testing.assert_allclose(optax.tree.norm(update(2.0)), 2, rtol=1e-4)
     np.testing.assert_allclose(update(2.0)["b"]["bias"], -1.2, rtol=1e-4)
+
+
+def test_muon_makes_each_matrix_orthogonal():
+    """Query, key, value and every layer are matrices of their own; the rest is AdamW's."""
+    params = init_params(build(MODEL), jax.random.key(0))
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+    settings = dict(learning_rate=1.0, schedule="constant", weight_decay=0.0)
+
+    def update(chain):
+        return jax.jit(chain.update)(grads, chain.init(params), params)[0]
+
+    updates = update(optimizer(run(name="muon", clip_norm=0.0, **settings)))
+    adam = update(optax.adamw(1.0, 0.9, 0.95, weight_decay=0.0, nesterov=True))
+    attention = updates["token_decoder"]["stack"]["layers"]["attention"]
+    matrices = [
+        *attention["qkv"]["kernel"].reshape(2, 32, 3, 32).swapaxes(1, 2).reshape(6, 32, 32),
+        *attention["out"]["kernel"].reshape(2, 32, 32),
+        updates["token_decoder"]["expansion"]["kernel"].reshape(32, 64),
+    ]
+    for matrix in matrices:
+        values = np.linalg.svd(matrix, compute_uv=False)
+        high, low = np.quantile(values, [0.9, 0.1])
+        assert high / low < 2  # of the gradient: 3 to 10
+        assert 0.1 < np.sqrt(np.square(matrix).mean()) < 0.4  # as large as AdamW's
+    for part in ("embed", "classifier"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4),
+            updates["token_decoder"][part],
+            adam["token_decoder"][part],
+        )
+
+
+def test_adafactor_keeps_almost_nothing_and_moments_can_be_short():
+    params = {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(512)}
+
+    def size(**settings):
+        state = optimizer(run(**settings)).init(params)
+        return sum(x.nbytes for x in jax.tree.leaves(state))
+
+    whole = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert size(name="adafactor") < 0.02 * whole
+    assert size() == pytest.approx(2 * whole, rel=1e-3)
+    assert size(moment_dtype="bfloat16") == pytest.approx(1.5 * whole, rel=1e-3)
+    assert size(name="lion", moment_dtype="bfloat16") == pytest.approx(0.5 * whole, rel=1e-3)
 
 
 def test_every_setting_gives_a_state_of_the_same_structure():

@@ -94,7 +94,7 @@ def test_signal_in_an_evaluation_takes_no_further_step(finished, tmp_path, monke
     assert stopped.value.code == 130
     out, err = capfd.readouterr()
     assert "saved at step 1 of 4" in out
-    assert err.endswith("stopping after this step, then saving; again to stop at once\n")
+    assert err.endswith("stopping after this step, then saving; Ctrl-C to stop at once\n")
     assert load_params(tmp_path / "run").step == 1
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from random_weights import random_params
 
+from blocktx.decoding import generate
 from blocktx.model import build
 from blocktx.model_config import BlockConfig, EmbedderConfig, EncoderConfig, StackConfig
-from blocktx.sampling import generate
 
 PAD, VOCABULARY = 1, 89
 NARROW, WIDE = StackConfig(layers=1, width=16, heads=2), StackConfig(layers=1, width=32, heads=2)
@@ -172,19 +172,22 @@ def test_stepwise_equals_forward(net):
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 
 
-def brute_force(net, prompts):
+def brute_force(net, prompts, placement):
     """The greedy continuation, by a forward of the whole text for every token."""
     length = net.config.block_length
+    begins = [
+        -len(prompt) % length if placement == "pad" or len(prompt) < length else 0
+        for prompt in prompts
+    ]
     texts = [list(prompt) for prompt in prompts]
     for _ in range(NEW_BLOCKS * length):
         tokens = np.full((ROWS, (2 + NEW_BLOCKS) * length), PAD)
         mask = np.zeros_like(tokens)
         ends = []
         for b, text in enumerate(texts):
-            begin = -len(prompts[b]) % length
-            ends.append(begin + len(text))
-            tokens[b, begin : ends[b]] = text
-            mask[b, begin : ends[b]] = 1
+            ends.append(begins[b] + len(text))
+            tokens[b, begins[b] : ends[b]] = text
+            mask[b, begins[b] : ends[b]] = 1
         shape = (ROWS, -1, length)
         logits = forward(net, params_of(net), tokens.reshape(shape), mask.reshape(shape))
         logits = np.asarray(logits).reshape(ROWS, -1, VOCABULARY)  # from the second block on
@@ -201,5 +204,6 @@ def test_greedy_equals_a_forward_for_every_token(net):
     tokens = np.array([[PAD] * (2 * length - len(prompt)) + prompt for prompt in prompts])
     mask = np.arange(2 * length)[::-1] < sizes[:, None]
     options = dict(max_new_tokens=NEW_BLOCKS * length, temperature=0, pad_id=PAD)
-    got = generate(net, params_of(net), tokens, mask, **options)
-    np.testing.assert_array_equal(got, brute_force(net, prompts))
+    for placement in ("pad", "force"):
+        got = generate(net, params_of(net), tokens, mask, placement=placement, **options)
+        np.testing.assert_array_equal(got, brute_force(net, prompts, placement))

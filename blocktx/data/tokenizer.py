@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from blocktx.run_folder import write_whole
 
 
 class Tokenizer:
@@ -116,10 +117,4 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a tokenizer.json that `load` takes: all of it or nothing."""
-        path = epath.Path(path)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            temporary.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, self._tokenizer.to_str(pretty=True))

@@ -1,0 +1,89 @@
+"""Next-token loss over a large vocabulary, with its gradient formed where the logits are.
+
+Differentiating logits and softmax keeps float32 logits `[tokens, V]` for the backward pass, reads
+them there twice more, and takes the exponential of each three times. Here a slice of the tokens at
+a time has logits; powers of them, rounded to the compute dtype as any factor of a matrix product
+is, give both gradients and (as a product with ones, which costs the matrix unit less than a
+reduction costs the others) their own sum. Only the gradients outlive the slice.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_BLOCKS = 512  # in a slice, of every row of the batch
+_LANES = 128
+
+
+@jax.custom_vjp
+def sum_of_nats(
+    hidden_BxMxKxE: jax.Array,
+    kernel_ExV: jax.Array,
+    labels_BxMxK: jax.Array,
+    scored_BxMxK: jax.Array,
+) -> jax.Array:
+    """Float32 sum of the cross-entropies of the scored tokens, whose logits are hidden @ kernel."""
+    return _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK)[0]
+
+
+def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK):
+    blocks, positions = hidden_BxMxKxE.shape[1:3]
+    # One conversion and transposition for all slices.
+    kernel_VxE = jax.lax.optimization_barrier(kernel_ExV.astype(hidden_BxMxKxE.dtype).T)
+    nats, dkernel_ExV, dhidden = jnp.float32(0), jnp.zeros(kernel_ExV.shape, jnp.float32), []
+    for position in range(positions):
+        parts = []
+        for begin in range(0, blocks, _BLOCKS):
+            # Never across the batch, which may be spread over devices.
+            some = (slice(None), slice(begin, begin + _BLOCKS), position)
+            part = _slice(hidden_BxMxKxE[some], kernel_VxE, labels_BxMxK[some], scored_BxMxK[some])
+            nats += part[0]
+            parts.append(part[1])
+            dkernel_ExV += part[2]
+        dhidden.append(jnp.concatenate(parts, axis=1))
+    return nats, (jnp.stack(dhidden, axis=2), dkernel_ExV.astype(kernel_ExV.dtype))
+
+
+def _slice(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
+    """Nats of some tokens, the gradient by their `x_BxMxE`, and that by the kernel `[E, V]`."""
+    dtype, (vocabulary, width) = x_BxMxE.dtype, kernel_VxE.shape
+    logits_BxMxV = jnp.einsum(
+        "bme,ve->bmv", x_BxMxE, kernel_VxE, preferred_element_type=jnp.float32
+    )
+    most_BxMx1 = logits_BxMxV.max(-1, keepdims=True)
+    logits_BxMxV, most_BxMx1 = jax.lax.optimization_barrier((logits_BxMxV, most_BxMx1))
+    powers_BxMxV = jnp.exp(logits_BxMxV - most_BxMx1).astype(dtype)
+
+    ones = jnp.ones((vocabulary, _LANES), dtype)
+    sums = jnp.einsum(
+        "bmv,ve->bme",
+        powers_BxMxV,
+        jnp.concatenate([kernel_VxE, ones], axis=1),
+        preferred_element_type=jnp.float32,
+    )
+    total_BxMx1 = sums[..., width : width + 1]
+    label_BxMxE = kernel_VxE[labels_BxM].astype(jnp.float32)
+    label_logit_BxM = (x_BxMxE * label_BxMxE).sum(-1)
+    nats_BxM = jnp.log(total_BxMx1[..., 0]) + most_BxMx1[..., 0] - label_logit_BxM
+
+    scored_BxMx1 = scored_BxM[..., None].astype(jnp.float32)
+    share_BxMx1 = scored_BxMx1 / total_BxMx1
+    dx_BxMxE = sums[..., :width] * share_BxMx1 - label_BxMxE * scored_BxMx1
+    is_label_BxMxV = jnp.arange(vocabulary) == labels_BxM[..., None]
+    less_label_BxMxV = jnp.where(
+        is_label_BxMxV, (powers_BxMxV - total_BxMx1).astype(dtype), powers_BxMxV
+    )
+    dkernel_ExV = jnp.einsum(
+        "bme,bmv->ev",
+        (x_BxMxE * share_BxMx1).astype(dtype),
+        less_label_BxMxV,
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.where(scored_BxM, nats_BxM, 0).sum(), dx_BxMxE.astype(dtype), dkernel_ExV
+
+
+def _backward(gradients, g):
+    dhidden, dkernel = gradients
+    return (dhidden * g).astype(dhidden.dtype), (dkernel * g).astype(dkernel.dtype), None, None
+
+
+sum_of_nats.defvjp(_with_gradients, _backward)

@@ -1,0 +1,89 @@
+"""Compile a run's programs for chips that are not there, and say what they will cost.
+
+    python launch/compile.py --config=configs/paper.py:block_1b4 --topology=v5e:16x16
+
+needs no TPU: pip install 'blocktx[aot]'. For GPUs, as in --topology=h100:8, it needs no GPU:
+pip install 'blocktx[gpu]'. Any field of the configuration can be overridden. What does not fit in
+the chips' memory is an error that says by how much, and what would help.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from blocktx import aot, benchmark, command_line
+from blocktx.aot_report import Report, table
+from blocktx.config import RunConfig, from_config_dict
+from blocktx.topology import Topology, find_topology
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="A Python file whose get_config() describes the run (see configs/)."
+)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, v5p:4x4x4 or h100:8.")
+_PROGRAM = flags.DEFINE_enum(
+    "program",
+    "train",
+    ["train", "prefill", "decode"],
+    "The training step, reading prompts, or decoding a block: a block step and its token steps.",
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Rows over all chips. None: the configuration's, or to decode 64 a chip."
+)
+_CONTEXT = flags.DEFINE_integer(
+    "context",
+    None,
+    "Tokens that the cache is for, when decoding. None: the model's context.",
+)
+_AGAINST = flags.DEFINE_enum(
+    "against",
+    None,
+    ["vanilla"],
+    "When decoding, also compile for a vanilla model of as many non-embedding parameters.",
+)
+_JSON = flags.DEFINE_string("json", None, "A file to write all figures to.")
+_TARGET_CONFIG = flags.DEFINE_string(
+    "target_config",
+    None,
+    "A file that describes the GPU to XLA (stream_executor.GpuTargetConfigProto as text), in place "
+    "of the package's.",
+)
+
+
+def _compile(config: RunConfig, topology: Topology) -> Report:
+    if _PROGRAM.value == "train":
+        return aot.compile_train_step(config, topology)
+    return aot.compile_decoding(
+        config,
+        topology,
+        _PROGRAM.value,
+        batch_size=_BATCH_SIZE.value or 64 * len(topology.devices),
+        context=_CONTEXT.value or config.model.context_length,
+    )
+
+
+def main() -> None:
+    if _PROGRAM.value == "train":
+        for flag in (_AGAINST, _CONTEXT):
+            if flag.value is not None:
+                raise ValueError(f"--{flag.name}: is for --program=decode or prefill")
+        if _BATCH_SIZE.value is not None:
+            _CONFIG.value.training.batch_size = _BATCH_SIZE.value
+    configs = [from_config_dict(_CONFIG.value)]
+    topology = find_topology(_TOPOLOGY.value, _TARGET_CONFIG.value)
+    if _AGAINST.value:
+        if configs[0].model.kind != "block":
+            raise ValueError("--against: the model is a vanilla model itself")
+        vanilla = benchmark.equal_vanilla(configs[0].model)
+        configs.append(dataclasses.replace(configs[0], model=vanilla))
+    reports = [_compile(config, topology) for config in configs]
+    print(table(reports))
+    if _JSON.value:
+        text = json.dumps([report.to_dict() for report in reports], indent=2)
+        pathlib.Path(_JSON.value).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    command_line.run(main, required=("config", "topology"))
