@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.cache import LayerCache
+from blocktx.cached_attention import attend, formulation
 from blocktx.flash_attention import flash_attention, is_long
 from blocktx.layers import Heads, linear, rotary, rotary_by_product
 from blocktx.model_config import ModelConfig, StackConfig
@@ -12,17 +13,6 @@ from blocktx.sharding import constrain
 from blocktx.short_attention import is_short, short_attention
 
 _HEADS = ("heads", "head_size")
-
-
-def attend(
-    q_TxHxC: jax.Array, k_SxHxC: jax.Array, v_SxHxC: jax.Array, mask_TxS: jax.Array
-) -> jax.Array:
-    """Softmax attention, `[T, H, C]`. A query without a key that it may see sees all alike."""
-    scores_HxTxS = jnp.einsum("thc,shc->hts", q_TxHxC, k_SxHxC, preferred_element_type=jnp.float32)
-    scores_HxTxS *= q_TxHxC.shape[-1] ** -0.5
-    scores_HxTxS = jnp.where(mask_TxS, scores_HxTxS, jnp.finfo(jnp.float32).min)
-    weights_HxTxS = jax.nn.softmax(scores_HxTxS, axis=-1).astype(v_SxHxC.dtype)
-    return jnp.einsum("hts,shc->thc", weights_HxTxS, v_SxHxC)
 
 
 class CrossAttention(nn.Module):
@@ -56,47 +46,56 @@ class Attention(nn.Module):
         position_T: jax.Array,
         mask_TxS: jax.Array,
         cache: LayerCache | None = None,
+        slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attention of T positions over themselves, or over a cache that they are written to.
 
         Args:
           x_TxD: inputs.
-          position_T: positions, consecutive; with a cache also the slots to write.
-          mask_TxS: bool, True where a query may see a key; S is T, or the slots of the cache.
+          position_T: their positions, consecutive.
+          mask_TxS: bool, True where a query may see a key; S is T where they see nothing but
+            themselves, or else the slots of the cache.
           cache: keys and values of earlier positions.
+          slot: where in the cache the T positions are written.
 
         Returns:
           `[T, D]`, and the cache with the T positions written (None without one).
         """
         config, stack = self.config, self.stack
-        out = _out(config, stack.width)
+        heads = Heads(config, 3, stack.heads, stack.head_size, name="qkv")
         if config.platform == "tpu" and self.window and cache is None and is_short(stack, x_TxD):
-            q_k_v, bias_3xD = Heads(config, 3, stack.heads, stack.head_size, name="qkv")(x_TxD)
-            y_TxD = short_attention(*q_k_v, bias_3xD, mask_TxS[-1], stack)
-            return out(y_TxD.reshape(-1, stack.heads, stack.head_size)), None
+            q_k_v, bias_3xD = heads.apart(x_TxD)
+            return self._out(short_attention(*q_k_v, bias_3xD, mask_TxS[-1], stack)), None
         causal = getattr(config, "embeddings_per_block", 1) == 1
         if config.platform == "tpu" and causal and cache is None and is_long(x_TxD):
-            q_k_v, bias_3xD = Heads(config, 3, stack.heads, stack.head_size, name="qkv")(x_TxD)
-            q, k, v = (
-                x + bias for x, bias in zip(q_k_v, bias_3xD.astype(x_TxD.dtype), strict=True)
-            )
+            q_k_v, bias_3xD = heads.apart(x_TxD)
+            q, k, v = (x + b.astype(x.dtype) for x, b in zip(q_k_v, bias_3xD, strict=True))
             q, k = (rotary_by_product(x, position_T, stack) for x in (q, k))
-            heads = (-1, stack.heads, stack.head_size)
-            y_TxHxC = flash_attention(*(x.reshape(heads) for x in (q, k, v)), mask_TxS[-1])
-            return out(y_TxHxC), None
-        shape = (3, stack.heads, stack.head_size)
-        qkv = linear(config, shape, name="qkv", axes=("width", "qkv", *_HEADS))(x_TxD)
-        qkv = constrain(qkv, None, None, *_HEADS)
-        q_TxHxC, k_TxHxC, v_TxHxC = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+            q, k, v = (x.reshape(-1, stack.heads, stack.head_size) for x in (q, k, v))
+            return self._out(flash_attention(q, k, v, mask_TxS[-1])), None
+        qkv = constrain(heads(x_TxD), None, None, "heads")
+        q_TxD, k_TxD, v_TxD = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+        if mask_TxS.shape[0] != mask_TxS.shape[1]:
+            rotate, attend_to_cache = formulation(config.platform, *mask_TxS.shape, stack)
+            cache = cache.write(rotate(k_TxD, position_T), v_TxD, slot)
+            y_TxD = attend_to_cache(rotate(q_TxD, position_T), cache.k_SxD, cache.v_SxD, mask_TxS)
+            return self._out(y_TxD), cache
+        q_TxHxC, k_TxHxC, v_TxHxC = (
+            x_TxD.reshape(-1, stack.heads, stack.head_size) for x_TxD in (q_TxD, k_TxD, v_TxD)
+        )
         q_TxHxC = rotary(q_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
         k_TxHxC = rotary(k_TxHxC, position_T, stack.rotary_dims, stack.rotary_base)
-        if cache is None:
-            y_TxHxC = attend(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
-        else:
-            cache = cache.write(k_TxHxC, v_TxHxC, position_T[0])
-            y_TxHxC = attend(q_TxHxC, cache.k_SxHxC, cache.v_SxHxC, mask_TxS)
-        y_TxHxC = y_TxHxC.astype(config.compute_dtype)
-        return out(y_TxHxC), cache
+        # Scores and weights are larger than what they come from: on TPU, cheaper made again.
+        among = jax.checkpoint(attend) if config.platform == "tpu" else attend
+        y_TxHxC = among(q_TxHxC, k_TxHxC, v_TxHxC, mask_TxS)
+        if cache is not None:
+            cache = cache.write(k_TxHxC.reshape(v_TxD.shape), v_TxD, slot)
+        return self._out(y_TxHxC), cache
+
+    def _out(self, y: jax.Array) -> jax.Array:
+        """From heads apart or side by side."""
+        y_TxHxC = y.reshape(-1, self.stack.heads, self.stack.head_size)
+        return _out(self.config, self.stack.width)(y_TxHxC.astype(self.config.compute_dtype))
 
 
 def _out(config: ModelConfig, width: int) -> nn.DenseGeneral:

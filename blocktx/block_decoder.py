@@ -8,6 +8,9 @@ from blocktx.cache import Cache, causal_mask
 from blocktx.model_config import ModelConfig, StackConfig
 from blocktx.stack import Stack
 
+# Of `BlockDecoder.extend` over a batch: all rows are written at the same slot.
+EXTEND_AXES = (0, 0, 0, None, 0)
+
 
 class BlockDecoder(nn.Module):
     """Causal over blocks, each of n embeddings, which see each other (appendix B.2).
@@ -36,15 +39,34 @@ class BlockDecoder(nn.Module):
         return self.stack(x_TxD, position_T, mask_TxT)[0].reshape(blocks, -1)
 
     def extend(
-        self, embeddings_NxnxD: jax.Array, start: jax.Array | int, cache: Cache
+        self,
+        embeddings_NxnxD: jax.Array,
+        start: jax.Array | int,
+        cache: Cache,
+        slot: jax.Array | int,
+        seen_S: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         """Context embeddings `[N, n * D]` of N more blocks, and the cache with them in it.
 
-        `start` is the number of blocks before them; block i has the slots from `i * n` on.
+        Args:
+          embeddings_NxnxD: inputs.
+          start: the position of the first, in blocks.
+          cache: n slots a block; the new ones are written to those of blocks `slot` on.
+          seen_S: bool, a block's slots as one; the written slots that the new blocks see, beside
+            each other in causal order. None: no other, so that the cache need not be read.
         """
         blocks, group, width = embeddings_NxnxD.shape
-        position_T = start * group + jnp.arange(blocks * group)
-        mask_TxS = causal_mask(position_T, cache[0].k_SxHxC.shape[0], group)
-        x_TxD = embeddings_NxnxD.reshape(-1, width)
-        x_TxD, cache = self.stack(x_TxD, position_T, mask_TxS, cache=cache)
+        order_T = jnp.arange(blocks * group)
+        mask_TxS = causal_mask(order_T, order_T.size, group)
+        if seen_S is not None:
+            slots = seen_S.size * group
+            seen_TxS = jnp.broadcast_to(jnp.repeat(seen_S, group), (order_T.size, slots))
+            mask_TxS = jax.lax.dynamic_update_slice(seen_TxS, mask_TxS, (0, slot * group))
+        x_TxD, cache = self.stack(
+            embeddings_NxnxD.reshape(-1, width),
+            start * group + order_T,
+            mask_TxS,
+            cache=cache,
+            slot=slot * group,
+        )
         return x_TxD.reshape(blocks, -1), cache

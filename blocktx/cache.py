@@ -1,8 +1,10 @@
 """Key-value caches: zero-filled buffers of fixed shape, written in place.
 
 A cache is one `LayerCache` a layer, in a tuple. The layers see one sequence; across a batch the
-buffers carry a leading axis. How many slots are filled is not kept here: the caller passes the slot
-that a write begins at, and masks out what lies behind.
+buffers carry a leading axis. What the slots hold is not kept here: the caller passes the slot that
+a write begins at, and masks out what a query may not see. All rows of a batch are written at the
+same slot, however many positions each has before it: a slot of its own for each row would make the
+write a scatter, which a TPU does row after row.
 """
 
 import flax.struct
@@ -10,36 +12,63 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.model_config import StackConfig
+from blocktx.sharding import constrain
+
+CACHE_AXES = ("batch", "positions", "heads")  # whole heads, side by side
 
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of one layer for one sequence."""
+    """Keys and values of one layer for one sequence, all heads side by side."""
 
-    k_SxHxC: jax.Array
-    v_SxHxC: jax.Array
+    k_SxD: jax.Array
+    v_SxD: jax.Array
 
-    def write(self, k_TxHxC: jax.Array, v_TxHxC: jax.Array, slot: jax.Array | int) -> "LayerCache":
+    def write(self, k_TxD: jax.Array, v_TxD: jax.Array, slot: jax.Array | int) -> "LayerCache":
         """Keys and values of T positions put at slots `slot` to `slot + T - 1`.
 
         The caller guarantees that they fit: XLA would move a write that does not.
         """
 
-        def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (slot, 0, 0))
+        def put(buffer_SxD: jax.Array, new_TxD: jax.Array) -> jax.Array:
+            new_TxD = constrain(new_TxD.astype(buffer_SxD.dtype), "positions", "heads")
+            written_SxD = _put(buffer_SxD, new_TxD, jnp.asarray(slot))
+            return constrain(written_SxD, "positions", "heads")
 
-        return LayerCache(put(self.k_SxHxC, k_TxHxC), put(self.v_SxHxC, v_TxHxC))
+        return LayerCache(put(self.k_SxD, k_TxD), put(self.v_SxD, v_TxD))
+
+
+@jax.custom_batching.custom_vmap
+def _put(buffer_SxD: jax.Array, new_TxD: jax.Array, slot: jax.Array) -> jax.Array:
+    """Of any batch, all rows at the same slot.
+
+    JAX's rule for a batch makes a scatter of it, even though the slot is one: XLA then copies the
+    whole cache to another layout and back.
+    """
+    return jax.lax.dynamic_update_slice_in_dim(buffer_SxD, new_TxD, slot, axis=-2)
+
+
+@_put.def_vmap
+def _put_in_batch(axis_size, in_batched, buffer_BxSxD, new_BxTxD, slot):
+    if in_batched[2]:
+        raise NotImplementedError("a cache is written at one slot for all rows")
+    buffer_BxSxD, new_BxTxD = (
+        x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+        for x, batched in zip((buffer_BxSxD, new_BxTxD), in_batched, strict=False)
+    )
+    return _put(buffer_BxSxD, new_BxTxD, slot), True
 
 
 Cache = tuple[LayerCache, ...]
 
 
 def create_cache(stack: StackConfig, batch: int, slots: int, dtype: str) -> Cache:
-    """An empty cache of `slots` positions for each of `batch` sequences: `[batch, S, H, C]`."""
-    shape = (batch, slots, stack.heads, stack.head_size)
-    return tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(stack.layers)
-    )
+    """An empty cache of `slots` positions for each of `batch` sequences: `[batch, S, D]`."""
+
+    def empty() -> jax.Array:
+        return constrain(jnp.zeros((batch, slots, stack.width), dtype), *CACHE_AXES)
+
+    return tuple(LayerCache(empty(), empty()) for _ in range(stack.layers))
 
 
 def causal_mask(position_T: jax.Array, slots: int, group: int = 1) -> jax.Array:

@@ -1,16 +1,19 @@
 """Batches of prompts continued: everything around the jitted loop of `blocktx.loop`."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from blocktx.loop import DecodeState, advance, prefill
 from blocktx.model import Model
 from blocktx.prompts import Placement, Prompts, place_prompts
 from blocktx.sampling import Sampling
+from blocktx.sharding import MESH_AXES, batch_parts, batch_sharding
 from blocktx.stack import unstack_layers
 
 _ALL = 2**31 - 1  # blocks
@@ -74,7 +77,7 @@ def generate_blocks(
     Args:
       model: a model. With `scan_layers` its layers are taken apart here, at every call; do it once
         (`separate_layers`, as `blocktx.load` does) if there will be many.
-      params: its parameters.
+      params: its parameters; where they are spread over a mesh, so is the work.
       tokens_BxT: int prompts, each at the right end of its row.
       mask_BxT: 1 for the prompt's tokens, 0 for the padding before them.
       max_new_tokens: how many tokens to generate, at most: one number, or one a row.
@@ -91,7 +94,7 @@ def generate_blocks(
       ValueError: at the call and before anything is traced, if a prompt is empty, its mask has
         holes, prompt and budget exceed the context, or an option is out of its range.
     """
-    config = model.config
+    config, mesh = model.config, _mesh(params)
     pad_id = config.pad_id if pad_id is None else pad_id
     if every < 1:
         raise ValueError(f"every: got {every!r}, must be 1 or greater")
@@ -102,6 +105,7 @@ def generate_blocks(
         max_new_tokens=max_new_tokens,
         placement=placement,
         pad_id=pad_id,
+        parts=batch_parts(mesh) if mesh else 1,
     )
     rows = len(tokens_BxT)
     sampling = Sampling.create(
@@ -119,9 +123,12 @@ def generate_blocks(
         model, params = separate_layers(model, params)
 
     def run() -> Iterator[Generated]:
-        state = prefill(model, params, prompts, return_logprobs)
+        with _set(mesh):
+            placed = jax.device_put(prompts, batch_sharding(mesh)) if mesh else prompts
+            state = prefill(model, params, placed, return_logprobs)
         while True:
-            state = advance(model, params, state, sampling, np.int32(every), np.int32(pad_id))
+            with _set(mesh):  # not while the caller has what is yielded
+                state = advance(model, params, state, sampling, np.int32(every), np.int32(pad_id))
             generated = _read(state, prompts, rows, pad_id)
             yield generated
             if generated.finished_B.all():
@@ -131,9 +138,31 @@ def generate_blocks(
 
 
 def separate_layers(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """The same model with one subtree of parameters a layer, which is what decoding takes."""
-    config = dataclasses.replace(model.config, scan_layers=False)
-    return model.clone(config=config), unstack_layers(params)
+    """The same model as decoding takes it: one subtree of parameters a layer, in compute dtype.
+
+    A loop would read wider ones at every step, or XLA hold both. Norms, which are computed in
+    float32, keep theirs as they are.
+    """
+    dtype = model.config.compute_dtype
+    config = dataclasses.replace(model.config, scan_layers=False, param_dtype=dtype)
+
+    def cast(tree: dict[str, Any] | jax.Array) -> dict[str, Any] | jax.Array:
+        if not isinstance(tree, dict):
+            return tree.astype(dtype)
+        return tree if "scale" in tree else {name: cast(below) for name, below in tree.items()}
+
+    return model.clone(config=config), cast(unstack_layers(params))
+
+
+def _mesh(params: dict[str, Any]) -> Mesh | None:
+    """The mesh, of the kind that `blocktx.sharding` makes, that parameters are spread over."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    known = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == MESH_AXES
+    return sharding.mesh if known else None
+
+
+def _set(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
 def _read(state: DecodeState, prompts: Prompts, rows: int, pad_id: int) -> Generated:

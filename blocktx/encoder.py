@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blocktx.attention import attend
+from blocktx.cached_attention import attend
 from blocktx.layers import MLP, embedding, layer_norm, linear
 from blocktx.model_config import BlockConfig
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh, Sharding
 
 from blocktx import checkpoint, decoding, model
 from blocktx.config import RunConfig
@@ -41,17 +42,17 @@ class Engine:
     """A model with its parameters and tokenizer.
 
     Attributes:
-      config: the `RunConfig` that the checkpoint was trained with, but with `scan_layers` False.
-      params: parameters of `model`, one subtree a layer.
+      config: the `RunConfig` that the checkpoint was trained with, but with `scan_layers` False and
+        `param_dtype` as `compute_dtype`.
+      params: parameters of `model`, one subtree a layer. Where they are spread over a mesh, so is
+        what is computed with them.
       tokenizer: the `Tokenizer` saved with the run.
       model: the Flax module.
     """
 
     def __init__(self, config: RunConfig, params: dict[str, Any], tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.model, self.params = model.build(config.model), params
-        if config.model.scan_layers:
-            self.model, self.params = decoding.separate_layers(self.model, params)
+        self.model, self.params = decoding.separate_layers(model.build(config.model), params)
         self.config = dataclasses.replace(config, model=self.model.config)
 
     def generate(
@@ -192,14 +193,19 @@ def _generation(generated: Generated, row: int, text: TextStream) -> Generation:
     )
 
 
-def load(path: epath.PathLike) -> Engine:
+def load(path: epath.PathLike, sharding: Mesh | Sharding | None = None) -> Engine:
     """The latest checkpoint of a run folder, or the one at `path`, with the run's tokenizer.
+
+    Args:
+      path: of the checkpoint.
+      sharding: where its parameters go, as of `blocktx.checkpoint.load_params`; over a mesh, the
+        engine generates on all of it.
 
     Raises:
       FileNotFoundError: there is no checkpoint at `path`, or no tokenizer beside it.
       ValueError: what is there is not a blocktx checkpoint, is damaged, or does not fit its config.
     """
-    loaded = checkpoint.load_params(path)
+    loaded = checkpoint.load_params(path, sharding)
     file = checkpoint.tokenizer_file(loaded.path)
     if not file.exists():
         raise FileNotFoundError(

@@ -183,9 +183,10 @@ def _recorded(call: Callable[[], Any]) -> tuple[Any, jax.Array]:
 
 
 def _weights(
-    qkv_Tx3xHxC: jax.Array, position_T: jax.Array, mask_TxT: jax.Array, stack: StackConfig
+    qkv_Tx3xD: jax.Array, position_T: jax.Array, mask_TxT: jax.Array, stack: StackConfig
 ) -> jax.Array:
     """The softmax that `Attention` takes over keys, `[H, T, T]`."""
+    qkv_Tx3xHxC = qkv_Tx3xD.reshape(-1, 3, stack.heads, stack.head_size)
     q_TxHxC, k_TxHxC = (
         rotary(qkv_Tx3xHxC[:, i], position_T, stack.rotary_dims, stack.rotary_base) for i in (0, 1)
     )

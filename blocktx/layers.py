@@ -107,11 +107,23 @@ class Heads(nn.Module):
     heads: int
     head_size: int
 
+    def __call__(self, x_TxD: jax.Array) -> jax.Array:
+        """All parts by one product: `[T, parts, heads * head_size]`."""
+        kernel, bias = self.weights(x_TxD.shape[-1])
+        return jnp.einsum("td,dne->tne", x_TxD.astype(kernel.dtype), kernel) + bias.astype(
+            kernel.dtype
+        )
+
+    def apart(self, x_TxD: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """The parts by a product each, `[T, H * C]`, and the biases `[parts, H * C]` they lack."""
+        kernel, bias = self.weights(x_TxD.shape[-1])
+        x_TxD = x_TxD.astype(kernel.dtype)
+        return [x_TxD @ kernel[:, part] for part in range(self.parts)], bias
+
     @nn.compact
-    def __call__(self, x_TxD: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        """The parts, each `[T, H * C]`, and the biases `[parts, H * C]` that they still lack."""
+    def weights(self, width: int) -> tuple[jax.Array, jax.Array]:
+        """Kernel `[width, parts, H * C]` in the compute dtype, and bias `[parts, H * C]`."""
         config, features = self.config, (self.parts, self.heads, self.head_size)
-        width = x_TxD.shape[-1]
 
         def flat_init(key, shape, dtype):
             init = nn.initializers.normal(config.initializer_range)
@@ -124,10 +136,10 @@ class Heads(nn.Module):
         )
         kernel = self.param("kernel", kernel_init, (width, *features), config.param_dtype)
         bias = self.param("bias", bias_init, features, config.param_dtype)
-        x_TxD, kernel = (a.astype(config.compute_dtype) for a in (x_TxD, kernel))
-        kernel = jax.lax.optimization_barrier(kernel)  # as in `_by_converted_kernel`
-        parts = [x_TxD @ kernel[:, part].reshape(width, -1) for part in range(self.parts)]
-        return parts, bias.reshape(self.parts, -1)
+        kernel = kernel.astype(config.compute_dtype).reshape(width, self.parts, -1)
+        if config.platform == "tpu":
+            kernel = jax.lax.optimization_barrier(kernel)  # as in `_by_converted_kernel`
+        return kernel, bias.reshape(self.parts, -1)
 
 
 def linear(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from blocktx.cache import Cache
 from blocktx.model import Model
+from blocktx.prefill import fill_cache
 from blocktx.prompts import Prompts
 from blocktx.sampling import Sampling, log_probability, sample
 
@@ -23,9 +24,14 @@ class DecodeState:
 
     A row's tokens are counted from its first block, padding included. They are known up to
     `length_B` whole blocks, and of the block after those up to `begin_B`, where drawing begins.
+
+    In the cache, a row's blocks do not stand where they are counted: a prompt's have their places
+    from slot 0 on, what comes after the prompts is at the same slot in all rows.
     """
 
-    cache: Cache  # all blocks but the last of `length_B`, or that one too
+    cache: Cache
+    slot: jax.Array  # int32: where the next block goes, in all rows
+    seen_BxS: jax.Array  # bool: where each row's blocks are, all but the last of `length_B`
     tokens_BxSxK: jax.Array  # int32: prompts, and what was drawn
     logprobs_BxSxK: jax.Array | None  # float32, of what was drawn; None: nobody asked
     padding_B: jax.Array  # int32: tokens of padding that the first block begins with
@@ -48,15 +54,12 @@ def prefill(
     rows, blocks, block_length = prompts.tokens_BxNxK.shape
     block_N = jnp.arange(blocks)[:, None]
     mask_BxNxK = jax.vmap(_real, (None, 0, None))(block_N, prompts.padding_B, block_length)
-    cache = model.create_cache(rows, prompts.slots)
-    start_B = jnp.zeros(rows, jnp.int32)
-    _, cache = model.apply(
-        {"params": params}, prompts.tokens_BxNxK, mask_BxNxK, start_B, cache, method="extend"
-    )
     room = ((0, 0), (0, prompts.slots - blocks), (0, 0))
     tokens_BxSxK = jnp.pad(prompts.tokens_BxNxK, room)
     return DecodeState(
-        cache=cache,
+        cache=fill_cache(model, params, prompts.tokens_BxNxK, mask_BxNxK, prompts.slots),
+        slot=jnp.int32(blocks),
+        seen_BxS=jnp.arange(prompts.slots) < prompts.length_B[:, None] - 1,
         tokens_BxSxK=tokens_BxSxK,
         logprobs_BxSxK=jnp.zeros(tokens_BxSxK.shape) if return_logprobs else None,
         padding_B=prompts.padding_B,
@@ -79,7 +82,7 @@ def advance(
     """Up to `blocks` more blocks of each row, in the donated state; fewer if all rows finish.
 
     A block begins with the block step of the one before: so none is made for a block that nobody
-    will continue. (The prefill makes it too, but does not hand over what it sees.)
+    will continue. (The prefill makes a prompt's last too, but hides it and hands nothing over.)
     """
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
@@ -113,6 +116,8 @@ def _decode_block(
         _real(last_B[:, None], state.padding_B[:, None], block_length)[:, None],
         last_B,
         state.cache,
+        state.slot,
+        state.seen_BxS,
     )
     prompt_BxK = _block(state.tokens_BxSxK, jnp.minimum(state.length_B, slots - 1))
 
@@ -148,6 +153,8 @@ def _decode_block(
     here_BxSx1 = (going_B[:, None] & (jnp.arange(slots) == state.length_B[:, None]))[..., None]
     state = state.replace(
         cache=cache,
+        slot=state.slot + 1,
+        seen_BxS=state.seen_BxS | (jnp.arange(slots) == state.slot),
         tokens_BxSxK=jnp.where(here_BxSx1, tokens_KxB.T[:, None], state.tokens_BxSxK),
         length_B=state.length_B + going_B,
         end_B=end_B,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, Sharding
 
-from blocktx.block_decoder import BlockDecoder
+from blocktx.block_decoder import EXTEND_AXES, BlockDecoder
 from blocktx.cache import Cache, create_cache
 from blocktx.embedder import Embedder
 from blocktx.layers import over_batch, over_blocks
@@ -89,17 +89,27 @@ class BlockTransformer(nn.Module):
         return create_cache(self.config.block_decoder, batch, slots, self.config.compute_dtype)
 
     def extend(
-        self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array, start_B: jax.Array, cache: Cache
+        self,
+        tokens_BxNxK: jax.Array,
+        mask_BxNxK: jax.Array,
+        start_B: jax.Array,
+        cache: Cache,
+        slot: jax.Array | int,
+        seen_BxS: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         """Context embeddings `[B, N, n * D]` of N more blocks, and the cache with them in it.
 
-        Row b's blocks become its blocks `start_B[b]` to `start_B[b] + N - 1`, for all of which the
-        cache must have room, and see those before. Blocks of padding may only stand at the end:
-        they are hidden, and later overwritten, when the next call's `start_B` points at the first
-        of them.
+        Row b's blocks are its blocks `start_B[b]` to `start_B[b] + N - 1`. They go to slots `slot`
+        to `slot + N - 1`, the same in all rows, for all of which the cache must have room, and see
+        each other in causal order and the slots that `seen_BxS` marks; None: no others.
         """
-        return over_batch(BlockDecoder.extend)(
-            self.block_decoder, self.embed_blocks(tokens_BxNxK, mask_BxNxK), start_B, cache
+        return over_batch(BlockDecoder.extend, EXTEND_AXES)(
+            self.block_decoder,
+            self.embed_blocks(tokens_BxNxK, mask_BxNxK),
+            start_B,
+            cache,
+            slot,
+            seen_BxS,
         )
 
     def create_token_cache(self, batch: int) -> Cache:

@@ -38,7 +38,7 @@ class Prompts:
     length_B: Any  # whole blocks
     begin_B: Any  # the place of the first token to draw, behind the prompt
     end_B: Any  # the place behind the last
-    slots: int = flax.struct.field(pytree_node=False)  # blocks that hold prompt and new tokens
+    slots: int = flax.struct.field(pytree_node=False)  # blocks: N for prompts, others for new ones
 
 
 def place_prompts(
@@ -49,8 +49,9 @@ def place_prompts(
     max_new_tokens: int | Iterable[int],
     placement: Placement,
     pad_id: int,
+    parts: int = 1,
 ) -> Prompts:
-    """Left-padded prompts in blocks, with room for the new tokens.
+    """Left-padded prompts in blocks, with room for the new tokens; rows go to `parts` devices.
 
     Padding that a prompt brings is kept as it is where there is padding, since embedders may see
     it; what is missing is `pad_id`.
@@ -73,7 +74,7 @@ def place_prompts(
     blocks = bucket(-(-int(begin_B.max()) // block), block, config.blocks)
     length_B = begin_B // block
     new_blocks = bucket(int((-(-end_B // block) - length_B).max()), block, config.blocks)
-    rows = 1 << (len(size_B) - 1).bit_length()
+    rows = -(-(1 << (len(size_B) - 1).bit_length()) // parts) * parts
     placed_BxT = np.full((rows, blocks * block), pad_id, np.int32)
     for row, (size, padding, begin) in enumerate(zip(size_B, padding_B, begin_B, strict=True)):
         brought = min(padding, tokens_BxT.shape[1] - size)
@@ -90,7 +91,7 @@ def place_prompts(
         length_B=fill(length_B, 1),
         begin_B=fill(begin_B, block),
         end_B=fill(end_B, block),
-        slots=min(blocks + new_blocks, config.blocks),
+        slots=blocks + new_blocks,
     )
 
 

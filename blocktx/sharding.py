@@ -126,6 +126,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
+def axis_parts(name: str) -> int:
+    """The number of parts that an axis of this name is cut into along the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in RULES[name]]))
+
+
 def named(init: nn.initializers.Initializer, *names: str) -> nn.initializers.Initializer:
     """An initializer whose parameter has these names for its axes."""
     return nn.with_logical_partitioning(init, names)

@@ -41,6 +41,7 @@ class Layer(nn.Module):
         mask_TxS: jax.Array,
         memory_MxD: jax.Array | None = None,
         cache: LayerCache | None = None,
+        slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
         attention = Attention(self.config, self.stack, self.window, name="attention")
         mlp = MLP(self.config, self.stack.mlp_size, name="mlp")
@@ -48,9 +49,9 @@ class Layer(nn.Module):
         if memory_MxD is None:
             width = x_TxD.shape[-1]
             inputs = normalize(self.config, x_TxD, [norm.weights(width) for norm in norms])
-            attended_TxD, cache = attention(inputs[0], position_T, mask_TxS, cache)
+            attended_TxD, cache = attention(inputs[0], position_T, mask_TxS, cache, slot)
             return constrain(x_TxD + attended_TxD + mlp(inputs[1]), None, None), cache
-        attended_TxD, cache = attention(norms[0](x_TxD), position_T, mask_TxS, cache)
+        attended_TxD, cache = attention(norms[0](x_TxD), position_T, mask_TxS, cache, slot)
         x_TxD += attended_TxD
         cross = CrossAttention(self.config, self.stack, name="cross_attention")
         cross_norm = layer_norm(self.config, name="cross_attention_norm")
@@ -74,6 +75,7 @@ class Stack(nn.Module):
         *,
         memory_MxD: jax.Array | None = None,
         cache: Cache | None = None,
+        slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Args and results as of `Attention`, and what `CrossAttention` attends to, if anything.
 
@@ -107,7 +109,7 @@ class Stack(nn.Module):
             for i in range(layers):
                 one = layer(self.config, self.stack, self.window, name=f"layers_{i}")
                 x_TxD, layer_cache = one(
-                    x_TxD, position_T, mask_TxS, memory_MxD, None if cache is None else cache[i]
+                    x_TxD, position_T, mask_TxS, memory_MxD, cache and cache[i], slot
                 )
                 written.append(layer_cache)
             cache = None if cache is None else tuple(written)

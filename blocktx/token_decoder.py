@@ -86,9 +86,9 @@ class TokenDecoder(nn.Module):
         self, x_TxE: jax.Array, start: jax.Array | int, cache: TokenCache
     ) -> tuple[jax.Array, TokenCache]:
         position_T = start + jnp.arange(x_TxE.shape[0])
-        mask_TxS = causal_mask(position_T, cache.layers[0].k_SxHxC.shape[0])
+        mask_TxS = causal_mask(position_T, cache.layers[0].k_SxD.shape[0])
         hidden_TxE, layers = self._run(
-            x_TxE, position_T, mask_TxS, cache.condition_KxE, cache.layers
+            x_TxE, position_T, mask_TxS, cache.condition_KxE, cache.layers, start
         )
         return self.classifier(hidden_TxE[-1]), cache.replace(layers=layers)
 
@@ -99,10 +99,13 @@ class TokenDecoder(nn.Module):
         mask_TxS: jax.Array,
         condition_KxE: jax.Array | None,
         cache: Cache | None,
+        slot: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         memory_KxE = None
         if self.config.conditioning == "summation":
             x_TxE += condition_KxE[position_T]
         elif self.config.conditioning == "cross_attention":
             memory_KxE = condition_KxE
-        return self.stack(x_TxE, position_T, mask_TxS, memory_MxD=memory_KxE, cache=cache)
+        return self.stack(
+            x_TxE, position_T, mask_TxS, memory_MxD=memory_KxE, cache=cache, slot=slot
+        )

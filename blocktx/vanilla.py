@@ -7,7 +7,7 @@ one token long and whose context embedding only has to be classified.
 import flax.linen as nn
 import jax
 
-from blocktx.block_decoder import BlockDecoder
+from blocktx.block_decoder import EXTEND_AXES, BlockDecoder
 from blocktx.cache import Cache, create_cache
 from blocktx.layers import classifier, embedding, over_batch
 from blocktx.model_config import VanillaConfig
@@ -42,11 +42,17 @@ class Vanilla(nn.Module):
         return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
 
     def extend(
-        self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array, start_B: jax.Array, cache: Cache
+        self,
+        tokens_BxNxK: jax.Array,
+        mask_BxNxK: jax.Array,
+        start_B: jax.Array,
+        cache: Cache,
+        slot: jax.Array | int,
+        seen_BxS: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
-        del mask_BxNxK  # a token of padding is hidden behind the next `start_B`
-        return over_batch(BlockDecoder.extend)(
-            self.decoder, self.embed(tokens_BxNxK), start_B, cache
+        del mask_BxNxK  # a token of padding is never in `seen_BxS`
+        return over_batch(BlockDecoder.extend, EXTEND_AXES)(
+            self.decoder, self.embed(tokens_BxNxK), start_B, cache, slot, seen_BxS
         )
 
     def create_token_cache(self, batch: int) -> Cache:

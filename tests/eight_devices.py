@@ -90,6 +90,37 @@ def losses(kind: str) -> dict[str, list[float]]:
     return found | {"one device": follow(MeshConfig(), jax.devices()[:1])}
 
 
+def decode(kind: str) -> dict[str, list]:
+    """Greedy tokens on some meshes and on one device, of a ragged batch and of a row alone."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from blocktx.config import MeshConfig
+    from blocktx.decoding import generate
+    from blocktx.model import abstract_params, build, init_params
+    from blocktx.sharding import create_mesh
+
+    config = dataclasses.replace(_model(kind), context_length=128, initializer_range=0.3)
+    net = build(config)
+    params = jax.jit(init_params, static_argnums=0)(net, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 64, (6, 30))
+    mask = np.arange(30)[::-1] < np.array([[30], [1], [17], [8], [29], [4]])
+
+    def run(params) -> list:
+        options = dict(max_new_tokens=20, temperature=0)
+        return [
+            generate(net, params, tokens[:rows], mask[:rows], **options).tolist() for rows in (1, 6)
+        ]
+
+    found = {"one device": run(params)}
+    for name in ("data", "fsdp", "tensor"):
+        places = abstract_params(config, create_mesh(MeshConfig(**MESHES[name])))
+        found[name] = run(jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, places))
+    return found
+
+
 def train(workdir: str, *settings: str) -> None:
     """Trains the run that is described in `workdir`.json, up to each of some steps in turn.
 

@@ -178,7 +178,9 @@ def test_flops_of_decoding_are_those_of_its_products(config):
     for blocks in (1, 4):
         tokens = jnp.zeros((3, blocks, config.block_length), jnp.int32)
         counted = cost.extend(config, 3, blocks, 5).flops
-        assert flops("extend", tokens, tokens, jnp.zeros(3, jnp.int32), cache) == counted
+        seen = jnp.ones((3, 5), bool)
+        arguments = (tokens, tokens, jnp.zeros(3, jnp.int32), cache, 0, seen)
+        assert flops("extend", *arguments) == counted
     width = config.context_width if config.kind == "block" else config.decoder.width
     context = jnp.zeros((3, width))
     first = flops("start_block", context, token_cache)

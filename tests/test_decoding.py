@@ -121,7 +121,8 @@ def test_stepwise_equals_teacher_forcing(name):
     cache = case.net.create_cache(rows, case.blocks)
     count = max(case.prompt_blocks)
     start = np.zeros(rows, int)
-    contexts, cache = run("extend", params, prompts[:, :count], mask[:, :count], start, cache)
+    first = (params, prompts[:, :count], mask[:, :count], start, cache, 0, None)
+    contexts, cache = run("extend", *first)
     context = np.take_along_axis(
         np.asarray(contexts), case.prompt_blocks[:, None, None] - 1, axis=1
     )[:, 0]
@@ -133,7 +134,11 @@ def test_stepwise_equals_teacher_forcing(name):
             logits, token_cache = run("step_token", params, new[:, n, k], k, token_cache)
             stepwise.append(logits)
         at = case.prompt_blocks + n
-        contexts, cache = run("extend", params, new[:, n : n + 1], real, at, cache)
+        # All rows write to one slot; what a shorter prompt leaves free before it stays hidden.
+        slot = np.arange(case.blocks)
+        seen = (slot < case.prompt_blocks[:, None]) | ((slot >= count) & (slot < count + n))
+        next_ = (params, new[:, n : n + 1], real, at, cache, np.int32(count + n), seen)
+        contexts, cache = run("extend", *next_)
         context = contexts[:, 0]
     expected = case.teacher_forced(new.reshape(rows, -1))
     assert expected.std() > 1

@@ -110,19 +110,19 @@ def go(state, sampling, blocks):
 
 
 def full_slots(state):
-    return np.flatnonzero(np.any(state.cache[0].k_SxHxC, (0, 2, 3)))
+    return np.flatnonzero(np.any(state.cache[0].k_SxD, (0, 2)))
 
 
 def test_loop_stops_when_all_rows_have_finished():
     state = go(*begin(), 100)
     tokens = np.asarray(state.tokens_BxSxK)[0, 16:].ravel()
-    # The prompt's 16 blocks, and each new block that another one was decoded after.
-    np.testing.assert_array_equal(full_slots(state), np.arange(16 + 15))
+    # The prompt's 16 blocks, and for each new block the one before it.
+    np.testing.assert_array_equal(full_slots(state), np.arange(16 + 16))
     state = go(*begin(stop=[int(tokens[5])]), 100)
     end_block = tokens.tolist().index(tokens[5]) // 4
-    np.testing.assert_array_equal(full_slots(state), np.arange(16 + end_block))
+    np.testing.assert_array_equal(full_slots(state), np.arange(16 + end_block + 1))
     state = go(*begin(max_new_tokens=[9, 3]), 100)
-    np.testing.assert_array_equal(full_slots(state), np.arange(16 + 2))
+    np.testing.assert_array_equal(full_slots(state), np.arange(16 + 3))
 
 
 def addresses(state):

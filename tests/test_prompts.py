@@ -133,11 +133,11 @@ def test_prompts_begin_at_block_0_and_end_before_what_is_drawn(placement):
     assert prompts.slots == 32
 
 
-def test_buckets_end_at_the_context():
+def test_buckets_of_prompt_and_new_blocks_end_at_the_context():
     tokens = np.ones((1, 70), int)
     options = dict(placement="pad", pad_id=0)
     config = dataclasses.replace(NET.config, context_length=80)
     prompts = place_prompts(tokens, tokens, config, max_new_tokens=8, **options)
-    assert (prompts.tokens_BxNxK.shape[1], prompts.slots) == (20, 20)
+    assert (prompts.tokens_BxNxK.shape[1], prompts.slots) == (20, 20 + 16)
     prompts = place_prompts(tokens, tokens, NET.config, max_new_tokens=8, **options)
-    assert (prompts.tokens_BxNxK.shape[1], prompts.slots) == (32, 32)
+    assert (prompts.tokens_BxNxK.shape[1], prompts.slots) == (32, 32 + 16)

@@ -144,7 +144,10 @@ def stepwise(net, params, tokens_BxNxK):
     def decode_block(cache, index):
         block_Bx1xK = jax.lax.dynamic_slice_in_dim(tokens_BxNxK, index, 1, axis=1)
         mask = jnp.ones_like(block_Bx1xK)
-        contexts, cache = apply("extend", block_Bx1xK, mask, jnp.full(rows, index), cache)
+        seen = jnp.broadcast_to(jnp.arange(blocks) < index, (rows, blocks))
+        contexts, cache = apply(
+            "extend", block_Bx1xK, mask, jnp.full(rows, index), cache, index, seen
+        )
         first, token_cache = apply("start_block", contexts[:, 0], net.create_token_cache(rows))
 
         def step(token_cache, k):

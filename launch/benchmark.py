@@ -1,0 +1,146 @@
+r"""Measure decoding: throughput, latency and memory, of a model and of one to compare it with.
+
+python launch/benchmark.py --config=configs/paper.py:block_170m --against=vanilla_160m \
+    --setting=prefill_heavy --batch_sizes=1,8,32 --json=benchmark.json
+"""
+
+import os
+
+import jax
+from absl import flags
+
+from blocktx import benchmark, benchmark_report, checkpoint, command_line, decoding, metrics
+from blocktx.machine import measure_machine
+from blocktx.model import build
+
+_CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:NAME; its model is measured.")
+_AGAINST = flags.DEFINE_string(
+    "against",
+    None,
+    "Also measure this: a name in the same file, FILE.py:NAME, or `vanilla` for the vanilla model "
+    "of as many non-embedding parameters.",
+)
+_CHECKPOINT = flags.DEFINE_multi_string(
+    "checkpoint",
+    None,
+    "Instead of --config: a run's folder, whose model is measured; may be repeated.",
+)
+_SETTING = flags.DEFINE_enum(
+    "setting",
+    "custom",
+    [*benchmark.SETTINGS, "custom"],
+    "prefill_heavy: 2048 tokens in, 128 out. decode_heavy: 128 in, 2048 out. custom: any.",
+)
+_PROMPT = flags.DEFINE_integer("prompt", None, "Tokens in.", lower_bound=1)
+_NEW = flags.DEFINE_integer("new", None, "Tokens out.", lower_bound=1)
+_BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", None, "As in 1,8,32. None: the largest power of two that fits into the memory."
+)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Of which the median counts.", lower_bound=1)
+_MEMORY_LIMIT = flags.DEFINE_float(
+    "memory_limit", None, "GiB for parameters, cache and all else; None: what the device has."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Of parameters, cache and computation; None: as in it."
+)
+_JSON = flags.DEFINE_string("json", None, "A file to write the results to.")
+_PLOT = flags.DEFINE_string("plot", None, "A PNG file: throughput against the checkpoints' losses.")
+
+
+def _tokens() -> tuple[int, int]:
+    if _SETTING.value == "custom":
+        if _PROMPT.value is None or _NEW.value is None:
+            raise ValueError("--setting=custom needs --prompt and --new")
+        return _PROMPT.value, _NEW.value
+    prompt, new = benchmark.SETTINGS[_SETTING.value]
+    for name, given, fixed in [("prompt", _PROMPT.value, prompt), ("new", _NEW.value, new)]:
+        if given not in (None, fixed):
+            raise ValueError(
+                f"--{name}: got {given}, but {_SETTING.value} is {fixed}; use --setting=custom"
+            )
+    return prompt, new
+
+
+def _batch_sizes() -> list[int] | None:
+    sizes = _BATCH_SIZES.value
+    if sizes is not None and not (sizes and all(s.isdecimal() and int(s) > 0 for s in sizes)):
+        raise ValueError(f"--batch_sizes: got {','.join(sizes)!r}, expected numbers, as in 1,8,32")
+    return sizes and [int(size) for size in sizes]
+
+
+def _memory_limit() -> float:
+    if _MEMORY_LIMIT.value is not None:
+        return _MEMORY_LIMIT.value * 2**30
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")  # a CPU
+
+
+def _candidates(tokens: int) -> list[benchmark.Candidate]:
+    if bool(_CONFIG.value) == bool(_CHECKPOINT.value):
+        raise ValueError("give either --config or --checkpoint; see --help")
+    if _CHECKPOINT.value:
+        if _AGAINST.value:
+            raise ValueError("--against goes with --config; give a second --checkpoint instead")
+        return [_saved(path, tokens) for path in _CHECKPOINT.value]
+    path, _, name = _CONFIG.value.partition(":")
+    specs = {name or path: command_line.read_config(_CONFIG.value).model}
+    against = _AGAINST.value
+    if against == "vanilla":
+        if specs[name or path].kind == "vanilla":
+            raise ValueError("--against=vanilla: the model of --config is a vanilla model itself")
+        specs[against] = benchmark.equal_vanilla(specs[name or path])
+    elif against:
+        other = against if ".py" in against else f"{path}:{against}"
+        specs[against] = command_line.read_config(other).model
+    return [
+        benchmark.Candidate(
+            name,
+            *benchmark.random_model(benchmark.with_room(config, tokens, _DTYPE.value)),
+        )
+        for name, config in specs.items()
+    ]
+
+
+def _saved(path: str, tokens: int) -> benchmark.Candidate:
+    model = checkpoint.load_params(path).config.model
+    model = benchmark.with_room(model, tokens, _DTYPE.value)
+    loaded = checkpoint.load_params(path, model=model)
+    run = loaded.path.parent.parent
+    lines = metrics.read(run) if (run / "metrics.jsonl").exists() else []
+    losses = [line["heldout/loss"] for line in lines if line.get("heldout/loss") is not None]
+    separate = decoding.separate_layers(build(model), loaded.params)
+    return benchmark.Candidate(run.name, *separate, losses[-1] if losses else None)
+
+
+def main() -> None:
+    prompt, new = _tokens()
+    sizes = _batch_sizes()
+    if _PLOT.value and not _CHECKPOINT.value:
+        raise ValueError("--plot needs runs with a held-out loss: give them with --checkpoint")
+    candidates = _candidates(prompt + new)
+    unknown = [candidate.name for candidate in candidates if candidate.loss is None]
+    if _PLOT.value and unknown:
+        raise ValueError(f"--plot: no held-out loss in the metrics.jsonl of {', '.join(unknown)}")
+    shape = dict(prompt_tokens=prompt, new_tokens=new)
+    if sizes is None:
+        limit = _memory_limit()
+        rounds = [[benchmark.largest_batch(c, limit, **shape) for c in candidates]]
+    else:
+        rounds = [[size] * len(candidates) for size in sizes]
+    machine = measure_machine(candidates[0].model.config.compute_dtype)
+    results = []
+    for batch_sizes in rounds:
+        results += benchmark.measure(
+            candidates, machine, batch_sizes=batch_sizes, repeats=_REPEATS.value, **shape
+        )
+    print(benchmark_report.table(results, machine))
+    if _JSON.value:
+        print(benchmark_report.write_json(_JSON.value, results, machine))
+    if _PLOT.value:
+        print(benchmark_report.plot(_PLOT.value, results))
+
+
+if __name__ == "__main__":
+    command_line.run(main, required=())
