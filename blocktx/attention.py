@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.cache import LayerCache
-from blocktx.cached_attention import attend, formulation
+from blocktx.cached_attention import attend, formulation, rotary_by_product
 from blocktx.flash_attention import flash_attention, is_long
-from blocktx.layers import Heads, linear, rotary, rotary_by_product
+from blocktx.layers import Heads, linear, rotary
 from blocktx.model_config import ModelConfig, StackConfig
 from blocktx.sharding import constrain
 from blocktx.short_attention import is_short, short_attention
@@ -70,7 +70,8 @@ class Attention(nn.Module):
         if config.platform == "tpu" and causal and cache is None and is_long(x_TxD):
             q_k_v, bias_3xD = heads.apart(x_TxD)
             q, k, v = (x + b.astype(x.dtype) for x, b in zip(q_k_v, bias_3xD, strict=True))
-            q, k = (rotary_by_product(x, position_T, stack) for x in (q, k))
+            turn = (stack.heads, stack.rotary_dims, stack.rotary_base)
+            q, k = (rotary_by_product(x, position_T, *turn) for x in (q, k))
             q, k, v = (x.reshape(-1, stack.heads, stack.head_size) for x in (q, k, v))
             return self._out(flash_attention(q, k, v, mask_TxS[-1])), None
         qkv = constrain(heads(x_TxD), None, None, "heads")

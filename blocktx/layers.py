@@ -8,9 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from blocktx.model_config import ModelConfig, StackConfig
+from blocktx.model_config import ModelConfig
 from blocktx.sharding import BATCH_AXES, constrain, named
 
 
@@ -277,27 +276,6 @@ def rotary(x_TxHxC: jax.Array, position_T: jax.Array, dims: int, base: float) ->
     first, second, rest = jnp.split(x_TxHxC, [dims // 2, dims], axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([part.astype(x_TxHxC.dtype) for part in turned] + [rest], axis=-1)
-
-
-def rotary_by_product(x_TxD: jax.Array, position_T: jax.Array, stack: StackConfig) -> jax.Array:
-    """`rotary` of heads side by side: partners come by a product with a matrix of 0, 1 and -1.
-
-    On TPU parts of heads are parts of lanes, and to move them costs more than the product.
-    """
-    dims, half = stack.rotary_dims, stack.rotary_dims // 2
-    if dims == 0:
-        return x_TxD
-    place_C = np.arange(stack.head_size)
-    frequency_C = stack.rotary_base ** (-2.0 * (place_C % half) / dims)
-    angle_TxC = position_T[:, None].astype(jnp.float32) * jnp.float32(
-        frequency_C * (place_C < dims)
-    )
-    partner_CxC = np.zeros((stack.head_size, stack.head_size))
-    partner_CxC[place_C[half:dims], place_C[:half]] = -1
-    partner_CxC[place_C[:half], place_C[half:dims]] = 1
-    partner_DxD = jnp.asarray(np.kron(np.eye(stack.heads), partner_CxC), x_TxD.dtype)
-    cos_TxD, sin_TxD = (jnp.tile(f(angle_TxC), (1, stack.heads)) for f in (jnp.cos, jnp.sin))
-    return (x_TxD * cos_TxD + (x_TxD @ partner_DxD) * sin_TxD).astype(x_TxD.dtype)
 
 
 def over_blocks(method: Callable, in_axes: int | tuple = 0, **options: Any) -> Callable:

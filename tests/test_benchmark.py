@@ -100,7 +100,7 @@ def test_machine_is_measured(monkeypatch):
     assert measured.device == jax.devices()[0].device_kind
 
 
-def test_memory_of_a_row_is_that_of_its_cache_and_logits():
+def test_memory_of_a_row_is_that_of_one_cache_and_little_more():
     # What a step needs beside the cache is little beside several layers of many slots.
     stack = StackConfig(4, width=48, heads=2)
     config = dataclasses.replace(CONFIG, block_decoder=stack, vocab_size=16)
@@ -109,4 +109,5 @@ def test_memory_of_a_row_is_that_of_its_cache_and_logits():
     shape = (1024, 64)
     few, many = (benchmark.program_bytes(wide, rows, *shape) for rows in (256, 512))
     counted = benchmark.counted_bytes(config, *shape) + 4 * sum(shape)  # and tokens
-    assert (many - few) / 256 == pytest.approx(counted, rel=0.05)
+    # The prefill's own arrays are a quarter of so small a model's cache; a second cache is all.
+    assert counted <= (many - few) / 256 < 1.3 * counted

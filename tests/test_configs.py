@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -52,7 +53,8 @@ def traced(model):
     """Shapes of the logits of three blocks, and of the parameters."""
     net = build(model)
     tokens = jnp.zeros((1, 3, model.block_length) if model.kind == "block" else (1, 3), jnp.int32)
-    return jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), tokens, tokens))
+    made = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), tokens, tokens))
+    return nn.meta.unbox(made)
 
 
 def in_stacks(model) -> int:
