@@ -242,8 +242,14 @@ def _prompts(config: ModelConfig, rows: int, slots: int) -> Prompts:
     return Prompts(tokens, numbers, numbers, numbers, numbers, slots=slots)
 
 
-def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def _placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
+    """`tree` as ShapeDtypeStructs that lie so; what has no rows, as a count, on every device."""
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        where = sharding if x.ndim else replicated(sharding.mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(place, tree)
 
 
 def _part(program: Program, name: str) -> Computation | None:

@@ -136,7 +136,7 @@ class Heads(nn.Module):
         kernel = self.param("kernel", kernel_init, (width, *features), config.param_dtype)
         bias = self.param("bias", bias_init, features, config.param_dtype)
         kernel = kernel.astype(config.compute_dtype).reshape(width, self.parts, -1)
-        if config.platform == "tpu":
+        if _converts(config):
             kernel = jax.lax.optimization_barrier(kernel)  # as in `_by_converted_kernel`
         return kernel, bias.reshape(self.parts, -1)
 
@@ -161,7 +161,7 @@ def linear(
         dtype=config.compute_dtype,
         param_dtype=config.param_dtype,
         kernel_init=named(nn.initializers.normal(config.initializer_range), *axes),
-        dot_general=_by_converted_kernel if config.platform == "tpu" else None,
+        dot_general=_by_converted_kernel if _converts(config) else None,
         bias_init=named(nn.initializers.zeros, *bias_axes),
         name=name,
     )
@@ -178,6 +178,10 @@ class Embedding(nn.Embed):
         if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
             table_VxD = constrain(table_VxD.astype(self.dtype), "vocab", "features")
         return jnp.take(table_VxD, ids, axis=0).astype(self.dtype)
+
+
+def _converts(config: ModelConfig) -> bool:
+    return config.platform == "tpu" and config.param_dtype != config.compute_dtype
 
 
 def _by_converted_kernel(
