@@ -109,5 +109,5 @@ def test_memory_of_a_row_is_that_of_one_cache_and_little_more():
     shape = (1024, 64)
     few, many = (benchmark.program_bytes(wide, rows, *shape) for rows in (256, 512))
     counted = benchmark.counted_bytes(config, *shape) + 4 * sum(shape)  # and tokens
-    # The prefill's own arrays are a quarter of so small a model's cache; a second cache is all.
+    # On a CPU a step copies the keys and values of one layer, here one of four; not a whole cache.
     assert counted <= (many - few) / 256 < 1.3 * counted
