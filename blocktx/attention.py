@@ -66,7 +66,7 @@ class Attention(nn.Module):
         if config.platform == "tpu" and self.window and cache is None and is_short(stack, x_TxD):
             q_k_v, bias_3xD = heads.apart(x_TxD)
             return self._out(short_attention(*q_k_v, bias_3xD, mask_TxS[-1], stack)), None
-        causal = getattr(config, "embeddings_per_block", 1) == 1
+        causal = config.embeddings_per_block == 1  # else those of a block see each other
         if config.platform == "tpu" and causal and cache is None and is_long(x_TxD):
             q_k_v, bias_3xD = heads.apart(x_TxD)
             q, k, v = (x + b.astype(x.dtype) for x, b in zip(q_k_v, bias_3xD, strict=True))

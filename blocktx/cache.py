@@ -43,20 +43,23 @@ def _put(buffer_SxD: jax.Array, new_TxD: jax.Array, slot: jax.Array) -> jax.Arra
     """Of any batch, all rows at the same slot.
 
     JAX's rule for a batch makes a scatter of it, even though the slot is one: XLA then copies the
-    whole cache to another layout and back.
+    whole cache to another layout and back. Where rows have slots of their own, it is one.
     """
+    return _update(buffer_SxD, new_TxD, slot)
+
+
+def _update(buffer_SxD: jax.Array, new_TxD: jax.Array, slot: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(buffer_SxD, new_TxD, slot, axis=-2)
 
 
 @_put.def_vmap
 def _put_in_batch(axis_size, in_batched, buffer_BxSxD, new_BxTxD, slot):
-    if in_batched[2]:
-        raise NotImplementedError("a cache is written at one slot for all rows")
     buffer_BxSxD, new_BxTxD = (
         x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
         for x, batched in zip((buffer_BxSxD, new_BxTxD), in_batched, strict=False)
     )
-    return _put(buffer_BxSxD, new_BxTxD, slot), True
+    put = jax.vmap(_update) if in_batched[2] else _put
+    return put(buffer_BxSxD, new_BxTxD, slot), True
 
 
 Cache = tuple[LayerCache, ...]

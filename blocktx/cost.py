@@ -151,7 +151,7 @@ def generate(config: ModelConfig, batch_size: int, prompt_tokens: int, new_token
 
 
 def _group(config: ModelConfig) -> int:
-    return 1 if config.kind == "vanilla" else config.embeddings_per_block
+    return config.embeddings_per_block
 
 
 def _itemsize(config: ModelConfig) -> int:

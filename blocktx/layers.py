@@ -49,19 +49,16 @@ def normalize(config: ModelConfig, x_TxD: jax.Array, weights: _Weights) -> list[
     return (_lean_normalize if config.platform == "tpu" else _normalize)(x_TxD, weights)
 
 
-_EPSILON = 1e-5
-
-
-def _standardize(x_TxD: jax.Array) -> jax.Array:
+def _standardize(x_TxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     mean_Tx1 = x_TxD.mean(-1, keepdims=True, dtype=jnp.float32)
     centred_TxD = x_TxD - mean_Tx1
     # Not E[x^2] - E[x]^2, which loses digits that the golden tests see.
-    rate_Tx1 = jax.lax.rsqrt(jnp.square(centred_TxD).mean(-1, keepdims=True) + _EPSILON)
-    return centred_TxD * rate_Tx1
+    rate_Tx1 = jax.lax.rsqrt(jnp.square(centred_TxD).mean(-1, keepdims=True) + 1e-5)
+    return centred_TxD * rate_Tx1, mean_Tx1, rate_Tx1
 
 
 def _normalize(x_TxD: jax.Array, weights: _Weights) -> list[jax.Array]:
-    normed_TxD = _standardize(x_TxD)
+    normed_TxD = _standardize(x_TxD)[0]
     return [normed_TxD * scale + bias for scale, bias in weights]
 
 
@@ -69,12 +66,7 @@ _lean_normalize = jax.custom_vjp(_normalize)
 
 
 def _normalize_forward(x_TxD: jax.Array, weights: _Weights) -> tuple[list[jax.Array], tuple]:
-    wide_TxD = x_TxD.astype(jnp.float32)
-    mean_Tx1 = wide_TxD.mean(-1, keepdims=True)
-    # In float32 of what is bfloat16 this loses nothing that counts, and it is one pass, not two.
-    variance_Tx1 = jnp.square(wide_TxD).mean(-1, keepdims=True) - jnp.square(mean_Tx1)
-    rate_Tx1 = jax.lax.rsqrt(jnp.maximum(variance_Tx1, 0) + _EPSILON)
-    normed_TxD = (wide_TxD - mean_Tx1) * rate_Tx1
+    normed_TxD, mean_Tx1, rate_Tx1 = _standardize(x_TxD)
     outputs = [normed_TxD * scale + bias for scale, bias in weights]
     return outputs, (x_TxD, mean_Tx1, rate_Tx1, weights)
 

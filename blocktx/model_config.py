@@ -252,6 +252,7 @@ class VanillaConfig(_ModelConfig):
 
     # Class constants: to data and decoding, a token is a block of one.
     block_length = 1
+    embeddings_per_block = 1
     pad_id = 0
 
     def __post_init__(self):

@@ -25,7 +25,7 @@ def fill_cache(
     What a row's blocks of padding leave there is for the caller to hide.
     """
     rows, blocks, _ = tokens_BxNxK.shape
-    at_once = _rows_at_once(rows, blocks * getattr(model.config, "embeddings_per_block", 1))
+    at_once = _rows_at_once(rows, blocks * model.config.embeddings_per_block)
 
     def extend(tokens_RxNxK: jax.Array, mask_RxNxK: jax.Array, cache: Cache) -> Cache:
         start_R = jnp.zeros(len(tokens_RxNxK), jnp.int32)

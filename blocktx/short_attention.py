@@ -86,12 +86,13 @@ def _lifted(kernel, stack: StackConfig):
 
     @lifted.def_vmap
     def _(size, batched, bias_3xD, *args):
-        if batched[0]:
-            raise NotImplementedError("short_attention: the bias is the same for all blocks")
         args = [
             x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
             for x, is_batched in zip(args, batched[1:], strict=True)
         ]
+        if batched[0]:  # not one model's blocks, but models side by side
+            out = jax.lax.map(lambda xs: lifted(*xs), (bias_3xD, *args))
+            return out, [True] * len(out)
         out = lifted(bias_3xD, *args)
         return out, [True] * _WIDE_OUTPUTS[kernel] + [False] * (len(out) - _WIDE_OUTPUTS[kernel])
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from blocktx.cache import LayerCache, create_cache
 from blocktx.model_config import StackConfig
@@ -27,8 +26,11 @@ def test_write_of_a_batch_is_one_update_in_place():
         assert not np.delete(np.asarray(buffer), [3, 4], axis=1).any()
 
 
-def test_one_slot_for_all_rows():
+def test_rows_with_slots_of_their_own():
     (cache,) = create_cache(STACK, 2, 4, "float32")
-    new = jnp.ones((2, 1, 16))
-    with pytest.raises(NotImplementedError, match="one slot for all rows"):
-        jax.vmap(LayerCache.write)(cache, new, new, jnp.arange(2))
+    new = np.random.default_rng(0).normal(size=(2, 1, 16)).astype(np.float32)
+    written = jax.vmap(LayerCache.write)(cache, new, -new, jnp.array([3, 1]))
+    for buffer, expected in ((written.k_SxD, new), (written.v_SxD, -new)):
+        for row, slot in enumerate((3, 1)):
+            np.testing.assert_array_equal(buffer[row, slot], expected[row, 0])
+            assert not np.delete(np.asarray(buffer[row]), slot, axis=0).any()

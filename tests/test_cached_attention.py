@@ -11,6 +11,7 @@ from blocktx.model_config import StackConfig
 
 FORMULATIONS = [
     cached_attention.attend_by_head,
+    cached_attention.attend_head_after_head,
     cached_attention.attend_block_diagonal,
     cached_attention.attend_elementwise,
 ]
@@ -66,6 +67,6 @@ def test_choice_of_formulation():
     assert chosen("tpu", 1, 544, stack) == "attend_block_diagonal"
     assert chosen("tpu", 1, 5, stack) == "attend_elementwise"
     assert chosen("tpu", 256, 544, stack) == "attend_by_head"
-    assert chosen("cpu", 1, 544, stack) == "attend_by_head"
+    assert chosen("cpu", 1, 544, stack) == "attend_head_after_head"
     assert chosen("cpu", 1, 5, stack) == "attend_by_head"
     assert chosen("gpu", 1, 544, stack) == "attend_by_head"

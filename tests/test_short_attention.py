@@ -65,6 +65,26 @@ def test_equals_plain_attention(batch, blocks, positions, stack):
         np.testing.assert_allclose(got, wanted, atol=3e-5, rtol=3e-5)
 
 
+def test_models_side_by_side():
+    """Each with biases of its own, as in an ensemble."""
+    one, rng = stack(128, 4), np.random.default_rng(0)
+    q, k, v, dy = rng.normal(size=(4, 2, 3, 2, 128)).astype(np.float32)
+    bias = rng.normal(size=(2, 3, 128)).astype(np.float32)
+    real = jnp.ones((2, 3, 2), bool)
+
+    @jax.jit
+    def both(q, k, v, bias):
+        results = []
+        for function in (plain, short_attention):
+            blocks = jax.vmap(lambda *x, f=function: f(*x, one), (0, 0, 0, None, 0))
+            y, pullback = jax.vjp(lambda *x, f=blocks: jax.vmap(f)(*x, real), q, k, v, bias)
+            results.append((y, *pullback(dy)))
+        return results
+
+    for wanted, got in zip(*both(q, k, v, bias), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=3e-5, rtol=3e-5)
+
+
 def test_other_shapes_are_left_to_plain_attention():
     assert not is_short(stack(128, 2), np.zeros((17, 128)))  # too many pairs to unroll
     assert not is_short(stack(96, 2), np.zeros((5, 96)))  # heads of 48 do not fill tiles
