@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from blocktx import cost, decoding, loop
 from blocktx.machine import Machine
-from blocktx.model import Model, build, count_params, init_params
+from blocktx.model import Model, build, init_params
 from blocktx.model_config import BlockConfig, ModelConfig, VanillaConfig
 from blocktx.prompts import Prompts, place_prompts
 from blocktx.sampling import Sampling
@@ -54,7 +54,7 @@ def equal_vanilla(config: BlockConfig) -> VanillaConfig:
 
     Where both decoders are equally wide, its layers are theirs together (paper, table 1).
     """
-    wanted = count_params(config)[1]
+    wanted = cost.count_params(config).non_embedding
 
     def vanilla(layers: int) -> VanillaConfig:
         return VanillaConfig(
@@ -67,7 +67,7 @@ def equal_vanilla(config: BlockConfig) -> VanillaConfig:
             decoder=dataclasses.replace(config.block_decoder, layers=layers),
         )
 
-    one, two = (count_params(vanilla(layers))[1] for layers in (1, 2))
+    one, two = (cost.count_params(vanilla(layers)).non_embedding for layers in (1, 2))
     return vanilla(max(1, round((wanted - one) / (two - one)) + 1))
 
 

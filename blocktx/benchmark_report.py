@@ -1,6 +1,7 @@
 """What `blocktx.benchmark` measures, shown: a table, a JSON file, a plot."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from blocktx.benchmark import Result
 from blocktx.machine import Machine
+from blocktx.run_folder import write_whole
 
 
 def table(results: Sequence[Result], machine: Machine) -> str:
@@ -44,12 +46,8 @@ def write_json(
         "machine": machine._asdict(),
         "results": [dataclasses.asdict(result) for result in results],
     }
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(out, indent=2) + "\n")
-    os.replace(temporary, path)
-    return path
+    write_whole(path, json.dumps(out, indent=2) + "\n")
+    return pathlib.Path(path)
 
 
 def plot(path: str | os.PathLike[str], results: Sequence[Result]) -> pathlib.Path:
@@ -94,7 +92,7 @@ def plot(path: str | os.PathLike[str], results: Sequence[Result]) -> pathlib.Pat
         )
     axes.grid(which="both", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_whole(path, png.getvalue())
+    return pathlib.Path(path)

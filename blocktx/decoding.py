@@ -95,6 +95,11 @@ def generate_blocks(
         holes, prompt and budget exceed the context, or an option is out of its range.
     """
     config, mesh = model.config, _mesh(params)
+    if not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(params)):
+        raise ValueError(
+            "params: they are spread over several processes, and text is generated in one; load "
+            "them onto devices of this process, as blocktx.load does"
+        )
     pad_id = config.pad_id if pad_id is None else pad_id
     if every < 1:
         raise ValueError(f"every: got {every!r}, must be 1 or greater")

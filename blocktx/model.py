@@ -170,15 +170,3 @@ def _init(model: Model, key: jax.Array) -> dict[str, Any]:
     shape = (1, 2, model.config.block_length) if model.config.kind == "block" else (1, 2)
     tokens = jnp.zeros(shape, jnp.int32)
     return model.init(key, tokens, tokens)["params"]
-
-
-def count_params(config: ModelConfig) -> tuple[int, int]:
-    """Numbers of all parameters of a model, and of those that are not in a table or classifier."""
-    model = build(config)
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    total = inner = 0
-    for path, leaf in jax.tree.leaves_with_path(shapes):
-        total += leaf.size
-        if not {"embedding", "classifier"} & {key.key for key in path}:
-            inner += leaf.size
-    return total, inner

@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import signal
-import tempfile
 from typing import Any
 
 import jax
@@ -15,15 +13,16 @@ from jax.sharding import Mesh
 from blocktx.checkpoint import Checkpoints
 from blocktx.checkpoint_folder import has_checkpoint
 from blocktx.config import RunConfig, to_dict
+from blocktx.cost import count_params
 from blocktx.data.corpus import Corpus, prepare
 from blocktx.data.host_rows import HostRows
 from blocktx.data.pipeline import training_batches
 from blocktx.evaluate import heldout_evaluation
 from blocktx.interrupt import StopSignals, sigterm_unwinds
 from blocktx.metrics import MetricsWriter, plot_loss
-from blocktx.model import build, count_params
+from blocktx.model import build
 from blocktx.progress import Progress
-from blocktx.run_folder import copy_folder, run_folder, write_whole
+from blocktx.run_folder import run_folder, write_whole
 from blocktx.run_start import (
     check_run,
     first_state,
@@ -34,6 +33,7 @@ from blocktx.run_start import (
 )
 from blocktx.sharding import create_mesh
 from blocktx.step import TrainState, create_state, train_step
+from blocktx.trace import StepTrace
 
 __all__ = ["TrainState", "create_state", "train", "train_step"]
 
@@ -140,21 +140,15 @@ def train(
                 with (
                     MetricsWriter(workdir, after_step=start) as writer,
                     Progress(writer, config, start) as progress,
+                    StepTrace(workdir / "profile", profile) as trace,
                 ):
                     while step < steps and not stopping():
-                        if profile and step == profile.start:
-                            traces = tempfile.mkdtemp()
-                            jax.profiler.start_trace(traces)
+                        trace.before(step, state)
                         with progress.input():
                             batch = next_batch()
                         state, metrics = train_step(state, batch, config, model)
                         step += 1
                         progress.add(step, metrics)
-                        if profile and step == profile.stop:
-                            jax.block_until_ready(state)
-                            jax.profiler.stop_trace()
-                            copy_folder(traces, workdir / "profile")
-                            shutil.rmtree(traces)
                         last = step == steps
                         if last or step % config.training.checkpoint_every == 0:
                             saved = save()
@@ -199,12 +193,13 @@ def _all_finite(params: dict[str, Any]) -> jax.Array:
 
 
 def _print_summary(config: RunConfig, corpus: Corpus, mesh: Mesh) -> None:
-    total, inner = count_params(config.model)
+    counted = count_params(config.model)
     train, heldout = corpus.train, corpus.heldout
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
-        f"model    {config.model.kind}, {total:,} parameters, {inner:,} non-embedding\n"
+        f"model    {config.model.kind}, {counted.total:,} parameters, "
+        f"{counted.non_embedding:,} non-embedding\n"
         f"data     {len(train.tokens):,} tokens in {len(train):,} documents, held out "
         f"{len(heldout.tokens):,} in {len(heldout):,}\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{hosts}, mesh {shape}",

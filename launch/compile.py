@@ -9,7 +9,6 @@ the chips' memory is an error that says by how much, and what would help.
 
 import dataclasses
 import json
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -17,6 +16,7 @@ from ml_collections import config_flags
 from blocktx import aot, benchmark, command_line
 from blocktx.aot_report import Report, table
 from blocktx.config import RunConfig, from_config_dict
+from blocktx.run_folder import write_whole
 from blocktx.topology import Topology, find_topology
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -82,7 +82,7 @@ def main() -> None:
     print(table(reports))
     if _JSON.value:
         text = json.dumps([report.to_dict() for report in reports], indent=2)
-        pathlib.Path(_JSON.value).write_text(text + "\n")
+        write_whole(_JSON.value, text + "\n")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from blocktx.command_line import read_config
 from blocktx.config import DataConfig, RunConfig
 from blocktx.convert.tensors import DTYPES, check_new, open_checkpoint
 from blocktx.convert.uptrain import Method, lengthen, uptrain
+from blocktx.cost import count_params
 from blocktx.data.tokenizer import Tokenizer
-from blocktx.model import Model, build, count_params
+from blocktx.model import Model, build
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -177,10 +178,10 @@ def _refuse_or_skip(path: str | pathlib.Path, problem: str, asked_for: bool) -> 
 
 
 def _report(model: Model, output: str) -> None:
-    total, inner = count_params(model.config)
+    counted = count_params(model.config)
     print(
-        f"{model.config.kind} model, {total / 1e6:.1f}M parameters "
-        f"({inner / 1e6:.1f}M without embeddings): {output}"
+        f"{model.config.kind} model, {counted.total / 1e6:.1f}M parameters "
+        f"({counted.non_embedding / 1e6:.1f}M without embeddings): {output}"
     )
 
 

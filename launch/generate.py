@@ -10,7 +10,7 @@ from absl import flags
 
 import blocktx
 from blocktx import benchmark, command_line
-from blocktx.model import count_params
+from blocktx.cost import count_params
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."
@@ -51,7 +51,7 @@ _AGAINST = flags.DEFINE_enum(
 def _compare(engine: blocktx.Engine, prompt_tokens: int, new_tokens: int) -> None:
     ours, theirs = engine.config.model, benchmark.equal_vanilla(engine.config.model)
     models = [(engine.model, engine.params), benchmark.random_model(theirs)]
-    names = [f"{c.kind} ({count_params(c)[1] / 1e6:.1f}M)" for c in (ours, theirs)]
+    names = [f"{c.kind} ({count_params(c).non_embedding / 1e6:.1f}M)" for c in (ours, theirs)]
     print(
         f"\nDecode throughput in tokens/s on {jax.devices()[0].device_kind}, prompt of "
         f"{prompt_tokens} and {new_tokens} new tokens, prefill included\n"

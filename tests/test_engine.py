@@ -12,10 +12,10 @@ from tiny_run import run_config, write_corpus
 
 import blocktx
 from blocktx import benchmark, decoding
+from blocktx.cost import count_params
 from blocktx.data.tokenizer import Tokenizer
 from blocktx.decoding import Generated
 from blocktx.engine import Generation
-from blocktx.model import count_params
 from blocktx.model_config import BlockConfig, StackConfig
 from blocktx.train import train
 

@@ -6,24 +6,11 @@ import jax
 import numpy as np
 import pytest
 from compile_events import traces
-from random_weights import random_params
+from tiny_net import NET, PARAMS
 
 from blocktx.decoding import generate, generate_blocks
-from blocktx.model import build
-from blocktx.model_config import BlockConfig, StackConfig
 from blocktx.prompts import place_prompts
 
-STACK = StackConfig(layers=1, width=32, heads=2)
-NET = build(
-    BlockConfig(
-        vocab_size=53,
-        context_length=128,
-        scan_layers=False,
-        block_decoder=STACK,
-        token_decoder=STACK,
-    )
-)
-PARAMS = random_params(NET)
 PROMPTS = np.random.default_rng(0).integers(0, 53, (2, 9))
 REAL = np.ones_like(PROMPTS)
 

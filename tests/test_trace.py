@@ -1,0 +1,46 @@
+"""Chosen steps of a run are traced, whichever of them it takes."""
+
+import jax
+import pytest
+
+from blocktx.trace import StepTrace
+from blocktx.train import train
+
+
+@pytest.mark.parametrize(
+    ("taken", "traced"),
+    [
+        (range(0, 8), range(3, 5)),
+        (range(4, 8), range(4, 5)),  # resumed in the middle
+        (range(0, 4), range(3, 4)),  # ended in the middle
+        (range(5, 8), range(0)),
+        (range(0, 2), range(0)),
+    ],
+)
+def test_traced_steps(taken, traced, tmp_path, monkeypatch):
+    steps = []
+
+    def start(folder):
+        steps.append([])
+        (tmp_path / "told").write_text(folder)
+
+    def stop():
+        with open((tmp_path / "told").read_text() + "/trace", "w") as file:
+            file.write(str(steps[-1]))
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    monkeypatch.setattr(jax.profiler, "stop_trace", stop)
+    with StepTrace(tmp_path / "profile", range(3, 5)) as trace:
+        for step in taken:
+            trace.before(step, None)
+            if steps and not (tmp_path / "profile").exists():
+                steps[-1].append(step)
+    assert steps == ([list(traced)] if traced else [])
+    written = tmp_path / "profile" / "trace"
+    assert (written.read_text() == str(list(traced))) if traced else not written.exists()
+
+
+def test_a_run_writes_its_trace(finished, tmp_path):
+    config, _, _ = finished
+    train(config, tmp_path / "run", profile=range(2, 3))
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
