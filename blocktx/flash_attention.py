@@ -14,20 +14,27 @@ def is_long(x_TxD: jax.Array) -> bool:
 
 
 def flash_attention(
-    q_TxHxC: jax.Array, k_TxHxC: jax.Array, v_TxHxC: jax.Array, real_T: jax.Array
+    q_TxHxC: jax.Array,
+    k_TxHxC: jax.Array,
+    v_TxHxC: jax.Array,
+    real_T: jax.Array,
+    interpret: bool = False,
 ) -> jax.Array:
     """Outputs `[T, H, C]` of causal attention over one sequence; lift by `vmap`.
 
     Args:
       q_TxHxC, k_TxHxC, v_TxHxC: after rotary positions.
       real_T: bool, False for keys that are padding. A query that sees no key has no meaning.
+      interpret: run without a TPU, slowly: for tests.
     """
 
     def attend(q_HxTxC, k_HxTxC, v_HxTxC, real_T):
         heads, length, size = q_HxTxC.shape
         mask = splash_attention.CausalMask((length, length))
         kernel = splash_attention.make_splash_mha_single_device(
-            splash_attention.MultiHeadMask([mask] * heads), block_sizes=_block_sizes(length)
+            splash_attention.MultiHeadMask([mask] * heads),
+            block_sizes=_block_sizes(length),
+            interpret=interpret,
         )
         segments = splash_attention.SegmentIds(
             q=jnp.ones(length, jnp.int32), kv=real_T.astype(jnp.int32)

@@ -126,7 +126,7 @@ class Program:
         self._loops: dict[str, tuple[Operation, Computation]] = {}  # by their bodies
         self._calls: dict[str, tuple[Operation, Computation]] = {}  # by what they call
         current = None
-        for line in text.splitlines():
+        for line in _whole_lines(text):
             if current is not None and (match := _OPERATION.match(line)):
                 operation = _operation(
                     match[1], line[match.end() :], "ROOT " in line[: match.end()]
@@ -136,7 +136,7 @@ class Program:
                 current = self.computations[match[2]] = Computation(match[2])
                 if match[1]:
                     self.entry = current
-            elif line.rstrip() == "}":  # a kernel's own text may have lines that begin so
+            elif line == "}":
                 current = None
         if self.entry is None:
             raise ValueError("text: there is no ENTRY computation in it; pass compiled.as_text()")
@@ -280,6 +280,21 @@ class Program:
                 yield fusion.operands[int(operation.argument)]
             waiting.extend(name for name in operation.operands if name not in seen)
             seen.update(operation.operands)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines with those that continue them: what a kernel says of itself may have line breaks.
+
+    An operation is indented, its continuation is not; the end of a computation stands alone.
+    """
+    whole = ""
+    for line in text.splitlines():
+        if whole[:1].isspace() and line and not line[0].isspace() and line != "}":
+            whole += line
+        else:
+            yield whole
+            whole = line
+    yield whole
 
 
 def _shape(match: re.Match) -> Shape:

@@ -20,6 +20,8 @@ _FREE = {
     *("copy-done", "slice-done", "opt-barrier", "iota"),
     *(name + "-done" for name in COLLECTIVES),
 }
+# Of queries by keys, with its heads' size inside or outside; the second makes all gradients.
+_SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 
 
@@ -79,7 +81,17 @@ def _flops(program: Program, computation: Computation, operation: Operation) -> 
             inner = math.prod(left.dims[int(i)] for i in re.findall(r"\d+", dims[1]))
             return 2 * operation.shapes[0].size * inner
         if _is_kernel(operation):
-            return operation.number("flops") or 0
+            return operation.number("flops") or _splash_flops(computation, operation)
+    return 0
+
+
+def _splash_flops(computation: Computation, operation: Operation) -> int:
+    """JAX's splash attention, which makes no estimate of itself; masked products count too."""
+    for name, products in _SPLASH_PRODUCTS.items():
+        if operation.name.startswith(name):
+            shapes = [computation.operations[name].shapes[0] for name in operation.operands]
+            queries, keys = [shape for shape in shapes if shape.dtype in ("bf16", "f32")][:2]
+            return 2 * products * queries.size * keys.dims[-2]
     return 0
 
 

@@ -90,6 +90,72 @@ def losses(kind: str) -> dict[str, list[float]]:
     return found | {"one device": follow(MeshConfig(), jax.devices()[:1])}
 
 
+def kernels() -> dict[str, list]:
+    """Loss and norms of gradients by the formulations for TPU, on meshes, and by the plain ones."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from blocktx.config import LossConfig, MeshConfig
+    from blocktx.loss import training_sums
+    from blocktx.model import abstract_params, build, init_params
+    from blocktx.model_config import BlockConfig, StackConfig
+    from blocktx.sharding import batch_sharding, create_mesh
+
+    stack = StackConfig(layers=2, width=256, heads=8)
+    config = BlockConfig(
+        vocab_size=64,
+        context_length=16,
+        block_decoder=stack,
+        token_decoder=stack,
+        initializer_range=0.1,
+    )
+    params = jax.jit(init_params, static_argnums=0)(build(config), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 64, (8, 4, 4), np.int32)
+    mask = rng.random(tokens.shape) > 0.2
+
+    def run(platform: str, mesh) -> list:
+        model = build(dataclasses.replace(config, platform=platform))
+
+        @jax.jit
+        def value_and_gradient(params, tokens, mask):
+            def loss(params):
+                return training_sums(model, params, tokens, mask, LossConfig())["loss"]
+
+            value, grads = jax.value_and_grad(loss)(params)
+            norms = [jnp.sqrt((x**2).sum()) for x in jax.tree.leaves(grads)]
+            return jnp.stack([value, *norms])
+
+        with jax.set_mesh(mesh):
+            places = abstract_params(config, mesh)
+            placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, places)
+            batch = jax.device_put((tokens, mask), batch_sharding(mesh))
+            return value_and_gradient(placed, *batch).tolist()
+
+    one = create_mesh(MeshConfig(), jax.devices()[:1])
+    found = {
+        name: run("tpu", create_mesh(MeshConfig(**MESHES[name]))) for name in ("fsdp", "mixed")
+    }
+    return found | {"one device": run("tpu", one), "plain": run("cpu", one)}
+
+
+def engine(workdir: str) -> dict[str, str]:
+    """What the engine of a run writes, on a mesh and on one device."""
+    import blocktx
+    from blocktx.config import MeshConfig
+    from blocktx.sharding import create_mesh
+
+    found = {}
+    for name, place in [("mesh", create_mesh(MeshConfig(**MESHES["mixed"]))), ("one device", None)]:
+        loaded = blocktx.load(workdir, place)
+        options = dict(max_new_tokens=12, temperature=0)
+        found[name] = loaded.generate(["block token", "cache"], **options)
+    return found
+
+
 def decode(kind: str) -> dict[str, list]:
     """Greedy tokens on some meshes and on one device, of a ragged batch and of a row alone."""
     import dataclasses

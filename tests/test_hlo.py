@@ -30,6 +30,34 @@ def test_flops_and_cycles_count_loops_and_kernels(program):
     assert hlo_cost.cycles(program, CHIPS["v5e"]) == 3 * (100 + 1000) + 1_500_000
 
 
+def test_text_of_a_kernel_may_have_any_lines(program):
+    """Splash attention's has some that begin with a bracket, as the end of a computation does."""
+    told = 'frontend_attributes={kernel_metadata={\n"told":"{}"\n}}, metadata={op_name="jit(f)/p'
+    text = TPU.replace('metadata={op_name="jit(f)/p', told)
+    assert text.count("\n}}, metadata=") == 1
+    assert hlo_cost.flops(Program(text)) == hlo_cost.flops(program)
+    assert hlo_cost.cycles(Program(text), CHIPS["v5e"]) == hlo_cost.cycles(program, CHIPS["v5e"])
+
+
+@pytest.mark.parametrize(("name", "products"), [("fwd_segmented", 2), ("dkv_segmented", 5)])
+def test_splash_attention_is_counted(name, products):
+    """It makes no estimate of itself: 3 heads of size 16, 128 queries, 256 keys."""
+    shapes = ("s8[1,1,1]", "bf16[3,128,16]", "bf16[3,256,16]", "bf16[3,256,16]")
+    parameters = [f"  %p.{i} = {s} parameter({i})" for i, s in enumerate(shapes)]
+    text = "\n".join(
+        [
+            "ENTRY %main (a: s8[1,1,1]) -> bf16[3,128,16] {",
+            *parameters,
+            f"  ROOT %splash_mha_{name}.1 = bf16[3,128,16] custom-call(%p.0, %p.1, %p.2, %p.3), "
+            'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={',
+            '"xprof_metadata":"{}"',
+            '}}, backend_config={"custom_call_config":{}}',
+            "}",
+        ]
+    )
+    assert hlo_cost.flops(Program(text)) == 2 * products * 3 * 128 * 256 * 16
+
+
 def test_memory_traffic_is_of_what_is_used_and_outside_the_chip(program):
     # Only a slice of the stacked weights is read, and what is kept on the chip costs nothing.
     body = program.computations["body"]

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import types
 
 import eight_devices
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AbstractMesh, PartitionSpec
 from tiny_run import MODEL, run_config
 
@@ -36,6 +38,21 @@ def test_losses_are_those_of_one_device(losses, kind, name):
     expected = losses[kind]["one device"]
     assert expected[0] != expected[-1]
     np.testing.assert_allclose(losses[kind][name], expected, rtol=1e-5)
+
+
+def test_formulations_for_tpu_are_the_plain_ones_on_every_mesh():
+    """Kernels are divided by hand, where XLA divides all else."""
+    found = eight_devices.run("kernels")
+    plain = found.pop("plain")
+    assert set(found) == {"fsdp", "mixed", "one device"}
+    for name, values in found.items():
+        np.testing.assert_allclose(values, plain, rtol=2e-4, err_msg=name)
+
+
+def test_engine_on_a_mesh(finished):
+    found = eight_devices.run("engine", str(finished[1]))
+    assert found["mesh"] == found["one device"]
+    assert any(found["mesh"])
 
 
 def test_a_run_goes_on_from_mesh_to_mesh(data, tmp_path):
@@ -157,7 +174,21 @@ def test_mesh_that_does_not_fit_the_devices(sizes, count, message):
         sharding.create_mesh(MeshConfig(**sizes), devices(count))
 
 
-def test_slices_are_along_data():
+def test_slices_are_along_data_first():
+    """Two slices of four chips each: those that differ in `data` alone are in different ones."""
+    pytest.importorskip("libtpu", reason="describes the chips")
+    from blocktx import topology
+
+    for variable, value in topology._LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2)
+    made = sharding.create_mesh(MeshConfig(data=2), described.devices)
+    slices = np.vectorize(lambda device: device.slice_index)(made.devices)
+    assert made.devices.shape == (2, 4, 1)
+    assert (slices == np.array([0, 1])[:, None, None]).all()
+
+
+def test_slices_that_data_does_not_reach():
     with pytest.raises(ValueError, match=r"config\.mesh\.data: 1 is no multiple of the 2 slices"):
         sharding.create_mesh(MeshConfig(), devices(8, slices=2))
 
