@@ -72,8 +72,9 @@ def _slice(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
         preferred_element_type=jnp.float32,
     )
     total_BxMx1 = sums[..., width : width + 1]
-    label_BxMxE = kernel_VxE[labels_BxM].astype(jnp.float32)
-    label_logit_BxM = (x_BxMxE * label_BxMxE).sum(-1)
+    # Else XLA converts it once, into twice the bytes, for what reads it twice.
+    label_BxMxE = jax.lax.optimization_barrier(kernel_VxE[labels_BxM])
+    label_logit_BxM = (x_BxMxE.astype(jnp.float32) * label_BxMxE).sum(-1)
     nats_BxM = jnp.log(total_BxMx1[..., 0]) + most_BxMx1[..., 0] - label_logit_BxM
 
     scored_BxMx1 = scored_BxM[..., None].astype(jnp.float32)
