@@ -147,7 +147,9 @@ class Engine:
             if all(generated.finished_B | [text.stopped for text in texts]):
                 return
 
-    def _encode(self, prompts: str | Sequence[str | Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(
+        self, prompts: str | Sequence[str | Sequence[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded tokens and their mask."""
         given = [prompts] if isinstance(prompts, str) else prompts
         if not (isinstance(given, Sequence) and given and all(map(_is_prompt, given))):

