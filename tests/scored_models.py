@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -40,21 +41,23 @@ def _log_softmax(model, params, tokens, mask):
     return jax.nn.log_softmax(model.apply({"params": params}, tokens, mask), axis=-1)
 
 
-def log_probabilities(model: Model, params: dict, row: list[int], padding: int = 0) -> np.ndarray:
+def log_probabilities(
+    model: Model, params: dict, row: Sequence[int], padding: int = 0, mask: np.ndarray | None = None
+) -> np.ndarray:
     """`[T, V]` of each token of a row from those before it; nan where there are none.
 
     The row is alone in a full context, behind so many tokens of padding and before as many as fit.
     """
     config = model.config
-    length = config.context_length + (config.kind == "vanilla")
-    tokens, mask = np.full(length, 1, np.int32), np.zeros(length, bool)
+    length = config.context_length + (config.kind == "vanilla" and mask is None)
+    tokens, real = np.full(length, 1, np.int32), np.zeros(length, bool)
     place = slice(padding, padding + len(row))
-    tokens[place], mask[place] = row, True
+    tokens[place], real[place] = row, True if mask is None else mask
     if config.kind == "vanilla":
-        known = _log_softmax(model, params, tokens[None, :-1], mask[None, :-1])[0]
+        known = _log_softmax(model, params, tokens[None, :-1], real[None, :-1])[0]
     else:
         shape = (1, -1, config.block_length)
-        known = _log_softmax(model, params, tokens.reshape(shape), mask.reshape(shape))
+        known = _log_softmax(model, params, tokens.reshape(shape), real.reshape(shape))
         known = np.asarray(known).reshape(-1, config.vocab_size)
     none = np.full((config.block_length, config.vocab_size), np.nan, np.float32)
     return np.concatenate([none, known])[place]

