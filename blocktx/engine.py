@@ -154,8 +154,7 @@ class Engine:
         given = [prompts] if isinstance(prompts, str) else prompts
         if not (isinstance(given, Sequence) and given and all(map(_is_prompt, given))):
             raise ValueError(
-                f"prompts: got {prompts!r}, expected a string, or a list of strings or of lists of "
-                "token ids"
+                f"prompts: got {prompts!r}, expected a string or a list of strings or token ids"
             )
         rows = []
         for row, prompt in enumerate(given):
@@ -178,8 +177,8 @@ class Engine:
 
 
 def _is_prompt(prompt: object) -> bool:
-    if isinstance(prompt, str):
-        return True
+    if isinstance(prompt, str | bytes):
+        return isinstance(prompt, str)
     return isinstance(prompt, Sequence) and all(isinstance(id_, numbers.Integral) for id_ in prompt)
 
 

@@ -1,4 +1,4 @@
-"""Loss by place in a long context: does a model use all of it (paper, section 3.6)?"""
+"""Loss by place in a long context: does it fall to the end (the paper shows PG19)?"""
 
 import os
 import pathlib

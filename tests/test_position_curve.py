@@ -12,9 +12,13 @@ import pytest
 from eight_devices import run as on_eight_devices
 from scored_models import BLOCK, VANILLA, log_probabilities, random_model, save_run
 
+from blocktx import metrics
+from blocktx.checkpoint import load_params
 from blocktx.config import MeshConfig
-from blocktx.data.corpus import Documents
+from blocktx.data.corpus import Documents, read_in_memory
+from blocktx.engine import load_tokenizer
 from blocktx.evaluate import summary, text_sums
+from blocktx.model import build
 from blocktx.position_curve import Bin, plot_curve, position_curve
 from blocktx.sharding import create_mesh
 
@@ -105,6 +109,21 @@ def test_perplexity_depends_on_neither_batch_size_nor_devices():
     one = sums("block", batch_size=1)
     np.testing.assert_allclose(sums("block", batch_size=5), one, rtol=1e-6)
     np.testing.assert_allclose(on_eight_devices("text_sums"), one, rtol=1e-6)
+
+
+def test_held_out_text_of_a_run_has_the_loss_that_training_told(finished):
+    config, workdir, _ = finished
+    loaded = load_params(workdir)
+    tokenizer = load_tokenizer(loaded)
+    texts = read_in_memory(str(pathlib.Path(config.data.source) / "b.txt"), "text", tokenizer)
+    mesh = create_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        model = build(loaded.config.model)
+        found = text_sums(model, loaded.params, texts, tokenizer.pad_id, mesh, batch_size=3)
+    found = summary(found, texts.text_bytes / len(texts.tokens)).scalars()
+    told = [line for line in metrics.read(workdir) if "heldout/loss" in line][-1]
+    for name, value in found.items():
+        assert value == pytest.approx(told[f"heldout/{name}"], rel=1e-6), name
 
 
 def test_every_stride_scores_the_same_tokens():
