@@ -1,6 +1,6 @@
-"""Models in EleutherAI's lm-evaluation-harness, as `--model blocktx`.
+r"""Models in EleutherAI's lm-evaluation-harness, as `--model blocktx`.
 
-    python -m blocktx.lm_eval --model blocktx --model_args checkpoint=runs/quickstart \\
+    python -m blocktx.lm_eval --model blocktx --model_args checkpoint=runs/quickstart \
         --batch_size auto --tasks piqa
 
 is the harness's own command line, `lm_eval`, after this module has registered the model: the
@@ -49,7 +49,8 @@ class HarnessModel(TemplateLM):
 
         Args:
           checkpoint: as for `blocktx.load`.
-          batch_size: rows at a time; "auto" is 16 (the command line's default is 1). It changes no result.
+          batch_size: rows at a time; "auto" is 16 (the harness's default is 1). It changes no
+            result.
           max_gen_toks: tokens to generate where a task does not say; None: 256, or half of the
             context if that is less.
           placement: "pad" or "force"; None: what fits the checkpoint's training.
