@@ -80,7 +80,8 @@ def main() -> None:
     bins = position_curve(sums, _BIN.value)
     _print(evaluation, bins)
     if _PLOT.value:
-        plotted = plot_curve(bins, _PLOT.value, title=f"{_CHECKPOINT.value} on {_DATA.value}")
+        names = (pathlib.PurePath(flag.value).name for flag in (_CHECKPOINT, _DATA))
+        plotted = plot_curve(bins, _PLOT.value, title=" on ".join(names))
         print(f"\nloss by place in the context: {plotted}")
     if _JSON.value:
         found = dataclasses.asdict(evaluation)

@@ -46,8 +46,9 @@ def main() -> None:
         print(f"{f'{depth}%':>10}" + "".join(f"{share:>10.1%}" for share in shares))
     print(f"{'mean':>10}" + "".join(f"{share:>10.1%}" for share in accuracy.mean(1)))
     if _PLOT.value:
+        title = pathlib.PurePath(_CHECKPOINT.value).name
         plotted = needle.plot_accuracy(
-            accuracy, needle.PROMPTS, needle.DEPTHS, _PLOT.value, title=_CHECKPOINT.value
+            accuracy, needle.PROMPTS, needle.DEPTHS, _PLOT.value, title=title
         )
         print(f"heat map: {plotted}")
     if _JSON.value:
