@@ -95,18 +95,21 @@ def decode_throughput(
     models: list[tuple[Model, dict]],
     *,
     batch_size: int,
-    prompt_tokens: int,
+    prompt_tokens: int | Sequence[int],
     new_tokens: int,
     repeats: int = 3,
 ) -> list[float]:
     """Generated tokens a second of each model, prefill included, all rows to their last token.
 
-    The models take turns, so that a change in the machine's speed meets all of them alike. The
-    first round compiles and is not counted; the result is the median of the others.
+    Prompts are of `prompt_tokens` tokens, or each model has its own. The models take turns, so that
+    a change in the machine's speed meets all of them alike. The first round compiles and is not
+    counted; the result is the median of the others.
     """
+    if isinstance(prompt_tokens, int):
+        prompt_tokens = [prompt_tokens] * len(models)
     runs = [
-        functools.partial(_generate, model, params, batch_size, prompt_tokens, new_tokens)
-        for model, params in models
+        functools.partial(_generate, model, params, batch_size, prompt, new_tokens)
+        for (model, params), prompt in zip(models, prompt_tokens, strict=True)
     ]
     return [batch_size * new_tokens / seconds for seconds in _in_turns(runs, repeats)]
 

@@ -1,7 +1,6 @@
 """What `blocktx.benchmark` measures, shown: a table, a JSON file, a plot."""
 
 import dataclasses
-import io
 import json
 import os
 import pathlib
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from blocktx.benchmark import Result
 from blocktx.machine import Machine
-from blocktx.run_folder import write_whole
+from blocktx.run_folder import write_png, write_whole
 
 
 def table(results: Sequence[Result], machine: Machine) -> str:
@@ -92,7 +91,4 @@ def plot(path: str | os.PathLike[str], results: Sequence[Result]) -> pathlib.Pat
         )
     axes.grid(which="both", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_whole(path, png.getvalue())
-    return pathlib.Path(path)
+    return pathlib.Path(write_png(path, figure))

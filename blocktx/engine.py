@@ -57,7 +57,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str | Sequence[int]],
         *,
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 1.0,
@@ -76,7 +76,8 @@ class Engine:
         share one compiled program, whatever else changes.
 
         Args:
-          prompts: texts of any lengths. An empty one continues from the start of a document.
+          prompts: texts of any lengths, or lists of their token ids. An empty one continues from
+            the start of a document.
           max_new_tokens: at most so many tokens, for all or one number a prompt; a text also ends
             where its document would.
           temperature: 0 always takes the likeliest token; 1 samples as the model says.
@@ -147,25 +148,39 @@ class Engine:
             if all(generated.finished_B | [text.stopped for text in texts]):
                 return
 
-    def _encode(self, prompts: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(
+        self, prompts: str | Sequence[str | Sequence[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded tokens and their mask."""
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        if not (isinstance(texts, Sequence) and texts and all(isinstance(t, str) for t in texts)):
-            raise ValueError(f"prompts: got {prompts!r}, expected a string or a list of strings")
+        given = [prompts] if isinstance(prompts, str) else prompts
+        if not (isinstance(given, Sequence) and given and all(map(_is_prompt, given))):
+            raise ValueError(
+                f"prompts: got {prompts!r}, expected a string or a list of strings or token ids"
+            )
         rows = []
-        for row, text in enumerate(texts):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"prompts: row {row} is not valid Unicode: {error}") from None
-            rows.append(self.tokenizer.encode(text))
-            if text and not rows[-1]:
-                raise ValueError(f"prompts: row {row}, {text!r}, has nothing the tokenizer knows")
-            rows[-1] = rows[-1] or [self.tokenizer.end_id]
+        for row, prompt in enumerate(given):
+            ids = self._encode_text(prompt, row) if isinstance(prompt, str) else list(prompt)
+            rows.append(ids or [self.tokenizer.end_id])
         longest = max(len(row) for row in rows)
         pad_id = self.tokenizer.pad_id
         tokens_BxT = np.array([[pad_id] * (longest - len(row)) + row for row in rows], np.int32)
         return tokens_BxT, np.arange(longest)[::-1] < np.array([[len(row)] for row in rows])
+
+    def _encode_text(self, text: str, row: int) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompts: row {row} is not valid Unicode: {error}") from None
+        ids = self.tokenizer.encode(text)
+        if text and not ids:
+            raise ValueError(f"prompts: row {row}, {text!r}, has nothing the tokenizer knows")
+        return ids
+
+
+def _is_prompt(prompt: object) -> bool:
+    if isinstance(prompt, str | bytes):
+        return isinstance(prompt, str)
+    return isinstance(prompt, Sequence) and all(isinstance(id_, numbers.Integral) for id_ in prompt)
 
 
 def _split_stop(stop: str | int | Sequence[str | int]) -> tuple[list[int], list[str]]:
@@ -206,11 +221,20 @@ def load(path: epath.PathLike, sharding: Mesh | Sharding | None = None) -> Engin
       ValueError: what is there is not a blocktx checkpoint, is damaged, or does not fit its config.
     """
     loaded = checkpoint.load_params(path, sharding)
+    return Engine(loaded.config, loaded.params, load_tokenizer(loaded))
+
+
+def load_tokenizer(loaded: checkpoint.Checkpoint) -> Tokenizer:
+    """The tokenizer that was saved with a checkpoint's run.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it lacks one of the run's special tokens.
+    """
     file = checkpoint.tokenizer_file(loaded.path)
     if not file.exists():
         raise FileNotFoundError(
             f"{file}: not found; a run's tokenizer stands beside its `checkpoints` folder"
         )
     data = loaded.config.data
-    tokenizer = Tokenizer.load(file, data.end_token, data.pad_token)
-    return Engine(loaded.config, loaded.params, tokenizer)
+    return Tokenizer.load(file, data.end_token, data.pad_token)

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from blocktx.config import RunConfig
-from blocktx.data.corpus import Corpus
+from blocktx.data.corpus import Corpus, Documents
 from blocktx.data.host_rows import HostRows
-from blocktx.data.pipeline import heldout_batches, heldout_size
-from blocktx.loss import position_sums
+from blocktx.data.pipeline import heldout_batches, heldout_size, text_batches
+from blocktx.loss import token_nats
 from blocktx.model import Model
-from blocktx.sharding import constrain
+from blocktx.sharding import batch_parts, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +69,32 @@ def evaluate(
     Raises:
       ValueError: if the batches hold no token that is scored.
     """
-    total_2xK = np.zeros((2, model.config.block_length))
-    pending_2xK = total_2xK  # read one batch late: the host prepares the next one meanwhile
-    for batch in batches:
-        sums_2xK = _sums(model, params, batch["tokens"], batch["mask"])
-        total_2xK = total_2xK + np.asarray(pending_2xK)
-        pending_2xK = sums_2xK
-    nats_K, count_K = total_2xK + np.asarray(pending_2xK)
+    return summary(sums_by_place(model, params, batches), bytes_per_token)
+
+
+def sums_by_place(
+    model: Model, params: dict[str, Any], batches: Iterable[dict[str, np.ndarray]]
+) -> np.ndarray:
+    """Float64 `[2, N - 1, K]`: nats, and tokens that they are the loss of, by place in a context.
+
+    Entry j is of block j + 1: the first is never predicted. Where a batch has `first`, int32 `[B]`,
+    its rows are scored from their block of that number on.
+    """
+    total_2xMxK = pending_2xMxK = np.zeros((2, model.config.blocks - 1, model.config.block_length))
+    for batch in batches:  # read one batch late: the host prepares the next one meanwhile
+        sums_2xMxK = _sums(model, params, batch["tokens"], batch["mask"], batch.get("first"))
+        total_2xMxK = total_2xMxK + np.asarray(pending_2xMxK)
+        pending_2xMxK = sums_2xMxK
+    return total_2xMxK + np.asarray(pending_2xMxK)
+
+
+def summary(sums_2xMxK: np.ndarray, bytes_per_token: float) -> Evaluation:
+    """What `sums_by_place` found, as means.
+
+    Raises:
+      ValueError: if no token was scored.
+    """
+    nats_K, count_K = sums_2xMxK.sum(1)
     tokens = int(count_K.sum())
     if tokens == 0:
         raise ValueError("there is nothing to evaluate: no token in the batches is scored")
@@ -92,10 +111,57 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _sums(
-    model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
+    model: Model,
+    params: dict[str, Any],
+    tokens_BxNxK: jax.Array,
+    mask_BxNxK: jax.Array,
+    first_B: jax.Array | None,
 ) -> jax.Array:
-    sums_2xK = jnp.stack(position_sums(model, params, tokens_BxNxK, mask_BxNxK))
-    return constrain(sums_2xK, None, None)
+    nats_BxMxK, scored_BxMxK = token_nats(model, params, tokens_BxNxK, mask_BxNxK)
+    if first_B is not None:
+        blocks_M = jnp.arange(1, tokens_BxNxK.shape[1])
+        scored_BxMxK &= (blocks_M >= first_B[:, None])[..., None]
+    nats_BxMxK = jnp.where(scored_BxMxK, nats_BxMxK, 0)
+    sums_2xMxK = jnp.stack([nats_BxMxK.sum(0), scored_BxMxK.sum(0, dtype=jnp.float32)])
+    return constrain(sums_2xMxK, None, None, None)
+
+
+def text_sums(
+    model: Model,
+    params: dict[str, Any],
+    documents: Documents,
+    pad_id: int,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    stride: int | None = None,
+) -> np.ndarray:
+    """`sums_by_place` of all contexts of documents, over the devices of `mesh`.
+
+    Args:
+      model: any model, with `params` over `mesh`, which is set.
+      documents: what it is to predict.
+      pad_id: the padding token.
+      batch_size: contexts at a time, rounded up to what the devices can share. It changes nothing.
+      stride: see `blocktx.data.pipeline.text_batches`.
+
+    Raises:
+      ValueError: there is no block but the first, or the stride does not fit.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, must be 1 or greater")
+    parts = batch_parts(mesh)
+    host_rows = HostRows(-(-batch_size // parts) * parts, mesh)
+    batches = text_batches(
+        documents, model.config, pad_id, size=host_rows.size, stride=stride, rows=host_rows.rows
+    )
+    if batches is None:
+        raise ValueError(
+            f"the text is {len(documents.tokens)} token{'s' * (len(documents.tokens) > 1)} long "
+            "(with its end), which is one block, and the first block is never predicted; use more "
+            f"than {model.config.block_length} tokens"
+        )
+    return sums_by_place(model, params, map(host_rows.place, batches))
 
 
 def heldout_evaluation(

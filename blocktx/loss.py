@@ -25,15 +25,32 @@ def position_sums(
     Returns:
       Float32 `[K]` sums in nats and float32 `[K]` counts; the loss is `nats.sum() / counts.sum()`.
     """
+    nats_BxMxK, scored_BxMxK = token_nats(model, params, tokens_BxNxK, mask_BxNxK)
+    return nats_BxMxK.sum((0, 1)), scored_BxMxK.sum((0, 1), dtype=jnp.float32)
+
+
+def token_nats(
+    model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of each token of blocks 1 to N-1, before `position_sums` sums it.
+
+    Returns:
+      Float32 `[B, N-1, K]` nats, 0 where nothing is scored, and bool `[B, N-1, K]`, what is scored.
+    """
     mask_BxNxK = mask_BxNxK.astype(bool)
+    scored_BxMxK = _scored(mask_BxNxK)
+    logits_BxMxKxV = next_logits(model, params, tokens_BxNxK, mask_BxNxK)
+    return _nats(logits_BxMxKxV, tokens_BxNxK, scored_BxMxK), scored_BxMxK
+
+
+def next_logits(
+    model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
+) -> jax.Array:
+    """Float32 logits `[B, N-1, K, V]` of blocks 1 to N-1; of a vanilla model too, with K = 1."""
     if model.config.kind == "block":
-        logits = model.apply({"params": params}, tokens_BxNxK, mask_BxNxK)
-    else:
-        logits = model.apply({"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0])
-        logits = logits[:, :-1, None, :]
-    scored = _scored(mask_BxNxK)
-    nats = _nats(logits, tokens_BxNxK, scored)
-    return nats.sum((0, 1)), scored.sum((0, 1), dtype=jnp.float32)
+        return model.apply({"params": params}, tokens_BxNxK, mask_BxNxK)
+    logits_BxTxV = model.apply({"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0])
+    return logits_BxTxV[:, :-1, None, :]
 
 
 def training_sums(

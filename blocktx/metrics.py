@@ -1,6 +1,5 @@
 """What a run measures, kept: metrics.jsonl, TensorBoard files, plot of the loss."""
 
-import io
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from blocktx.run_folder import Lines, copy_folder, is_bucket, write_whole
+from blocktx.run_folder import Lines, copy_folder, is_bucket, write_png
 
 _FLUSH_EVERY = 30  # seconds
 
@@ -185,7 +184,4 @@ def _draw_heldout(axes: Axes, heldout: list[tuple[float, float]], color: str, la
 
 def _save(figure: Figure, axes: Axes, path: epath.Path) -> epath.Path:
     axes.legend(frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_whole(path, png.getvalue())
-    return path
+    return write_png(path, figure)

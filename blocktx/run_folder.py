@@ -4,9 +4,11 @@ In a bucket an object is written whole or not at all, but cannot be appended to.
 """
 
 import importlib.util
+import io
 import os
 
 from etils import epath
+from matplotlib.figure import Figure
 
 _BUCKET = "gs://"
 
@@ -63,6 +65,14 @@ def write_whole(path: epath.PathLike, data: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_png(path: epath.PathLike, figure: Figure) -> epath.Path:
+    """Draws a figure into a file, all of it or nothing, and returns the path."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_whole(path, png.getvalue())
+    return epath.Path(path)
 
 
 def copy_folder(source: epath.PathLike, target: epath.PathLike) -> None:

@@ -13,6 +13,7 @@ from absl import flags
 
 import blocktx
 from blocktx import command_line, inspect_model
+from blocktx.run_folder import write_png
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."
@@ -31,7 +32,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     def save(name: str, weights, labels: list[str], title: str) -> None:
-        inspect_model.plot_attention(weights, labels, title).savefig(output / name)
+        write_png(output / name, inspect_model.plot_attention(weights, labels, title))
         print(f"{title}: {output / name}")
 
     weights = inspect_model.block_attention(model, params, *text)

@@ -205,6 +205,23 @@ def train(workdir: str, *settings: str) -> None:
         run_training(now, workdir, resume=True)
 
 
+def text_sums() -> list:
+    """`blocktx.evaluate.text_sums` of the texts and the block model of `test_position_curve`."""
+    import jax
+    from test_position_curve import DOCUMENTS, MODELS, random_model
+
+    from blocktx import evaluate
+    from blocktx.config import MeshConfig
+    from blocktx.sharding import create_mesh
+
+    mesh = create_mesh(MeshConfig())
+    assert mesh.size == 8
+    with jax.set_mesh(mesh):
+        options = dict(batch_size=3, stride=None)
+        found = evaluate.text_sums(*random_model(MODELS["block"]), DOCUMENTS, 1, mesh, **options)
+    return found.tolist()
+
+
 if __name__ == "__main__":
     begin = time.time()
     returned = globals()[sys.argv[1]](*sys.argv[2:])

@@ -200,7 +200,14 @@ def test_prompt_without_a_known_character(engine, monkeypatch):
         engine.generate("token")
 
 
-@pytest.mark.parametrize("prompts", [[], [3], [["token"]], b"token", 3, None])
+def test_prompts_of_token_ids(engine):
+    ids = [engine.tokenizer.encode(prompt) for prompt in PROMPTS]
+    given = [ids[0], PROMPTS[1], *ids[2:]]
+    settings = dict(max_new_tokens=6, temperature=0.0)
+    assert engine.generate(given, **settings) == engine.generate(PROMPTS, **settings)
+
+
+@pytest.mark.parametrize("prompts", [[], [3], [["token"]], b"token", [b"token"], 3, None])
 def test_prompts_must_be_text(engine, prompts):
     with pytest.raises(ValueError, match=r"prompts: got .*, expected a string or a list of"):
         engine.generate(prompts)

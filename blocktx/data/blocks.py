@@ -58,7 +58,8 @@ class PackedBlocks:
         self._starts = np.concatenate([[0], np.cumsum(-(-lengths // block_length))])
         self._total = int(self._starts[-1])
         if seed is None:
-            self._length = max(0, -(-(self._total - overlap) // self._stride))
+            # What is to be predicted is in a context, even if all of it would be a repetition.
+            self._length = max(self._total > 1, -(-(self._total - overlap) // self._stride))
         else:
             self._length = max(0, (self._total - overlap) // self._stride)
             if self._length == 0:

@@ -79,6 +79,25 @@ def prepare(config: DataConfig, vocab_size: int) -> Corpus:
     return Corpus(tokenizer, _open(folder, "train"), _open(folder, "heldout"), digest)
 
 
+def read_in_memory(source: str, text_field: str, tokenizer: Tokenizer) -> Documents:
+    """All documents of `source`, none held out and nothing kept on disk, for evaluation.
+
+    Raises:
+      FileNotFoundError, ValueError: as `blocktx.data.sources.read_documents`.
+    """
+    texts = sources.read_documents(source, text_field)
+    texts = tqdm.tqdm(texts, desc="Tokenising", unit=" documents", disable=None)
+    tokens, offsets, text_bytes = array.array("I"), [0], 0
+    for batch in _batches((text, False) for text in texts):
+        for (text, _), ids in zip(
+            batch, tokenizer.encode_batch([text for text, _ in batch]), strict=True
+        ):
+            tokens.extend([*ids, tokenizer.end_id])
+            offsets.append(len(tokens))
+            text_bytes += len(text.encode())
+    return Documents(np.frombuffer(tokens, np.uintc), np.array(offsets, np.int64), text_bytes)
+
+
 def _tokenizer(config: DataConfig, vocab_size: int, split: dict[str, Any]) -> Tokenizer:
     if config.tokenizer != "train":
         return Tokenizer.load(config.tokenizer, config.end_token, config.pad_token)

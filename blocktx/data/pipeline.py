@@ -8,6 +8,7 @@ import numpy as np
 from blocktx.config import RunConfig
 from blocktx.data.blocks import PackedBlocks
 from blocktx.data.corpus import Documents
+from blocktx.model_config import ModelConfig
 
 # Elements are whole batches, so grain's default buffer of 500 would be gigabytes.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
@@ -70,34 +71,80 @@ def heldout_size(config: RunConfig) -> int:
 def heldout_batches(
     documents: Documents, config: RunConfig, pad_id: int, rows: np.ndarray | None = None
 ) -> grain.IterDataset[dict[str, np.ndarray]] | None:
-    """All contexts once, in order; can be iterated again. None if there is no context.
+    """`text_batches` of the size of training's."""
+    return text_batches(documents, config.model, pad_id, size=heldout_size(config), rows=rows)
 
-    A batch has `heldout_size` rows, or those of them that `rows` says.
+
+class _Sliding:
+    """Contexts with the number of the first block that is new, after those of the one before."""
+
+    def __init__(self, contexts: PackedBlocks, overlap: int):
+        self._contexts, self._overlap = contexts, overlap
+
+    def __len__(self) -> int:
+        return len(self._contexts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._contexts[index] | {"first": np.int32(self._overlap if index else 1)}
+
+
+def text_batches(
+    documents: Documents,
+    model: ModelConfig,
+    pad_id: int,
+    *,
+    size: int,
+    stride: int | None = None,
+    rows: np.ndarray | None = None,
+) -> grain.IterDataset[dict[str, np.ndarray]] | None:
+    """All contexts once, in order; can be iterated again. None if there is no context.
 
     Consecutive contexts share a block, so that each block but the very first of all is predicted
     once. The last batch is filled up with contexts of padding (mask false).
+
+    Args:
+      documents: whose blocks are put one after the other and cut into contexts.
+      model: whose contexts.
+      pad_id: the padding token.
+      size: rows of a batch.
+      stride: tokens that a context has more than the one before, for it to have more in common
+        with it than a block. Batches then have `first`, int32 `[B]`, from where the block is on
+        that its row is to be scored from.
+      rows: those of each batch that are wanted; None: all.
+
+    Raises:
+      ValueError: the stride is not whole blocks, or leaves contexts without a block in common.
     """
+    block_length, blocks = model.block_length, model.blocks
+    most = (blocks - 1) * block_length
+    if stride is not None and not (0 < stride <= most and stride % block_length == 0):
+        raise ValueError(
+            f"stride: got {stride}, must be a multiple of block_length {block_length}, from "
+            f"{block_length} to {most} (context_length {model.context_length} less a block)"
+        )
+    overlap = 1 if stride is None else blocks - stride // block_length
     contexts = PackedBlocks(
         documents,
-        block_length=config.model.block_length,
-        blocks=config.model.blocks,
+        block_length=block_length,
+        blocks=blocks,
         pad_id=pad_id,
         random_padding=False,
         seed=None,
-        overlap=1,
+        overlap=overlap,
     )
     if len(contexts) == 0:
         return None
-    size = heldout_size(config)
 
     def full_batch(elements: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        shape = (size, config.model.blocks, config.model.block_length)
-        tokens_BxNxK = np.full(shape, pad_id, np.int32)
-        mask_BxNxK = np.zeros(shape, bool)
+        shape = (size, blocks, block_length)
+        batch = {"tokens": np.full(shape, pad_id, np.int32), "mask": np.zeros(shape, bool)}
+        if stride is not None:
+            batch["first"] = np.ones(size, np.int32)
         for row, element in enumerate(elements):
-            tokens_BxNxK[row], mask_BxNxK[row] = element["tokens"], element["mask"]
-        batch = {"tokens": tokens_BxNxK, "mask": mask_BxNxK}
+            for name, x in element.items():
+                batch[name][row] = x
         return batch if rows is None else {name: x[rows] for name, x in batch.items()}
 
-    dataset = grain.MapDataset.source(contexts).batch(size, batch_fn=full_batch)
+    source = contexts if stride is None else _Sliding(contexts, overlap)
+    dataset = grain.MapDataset.source(source).batch(size, batch_fn=full_batch)
     return dataset.to_iter_dataset(_READ_OPTIONS)

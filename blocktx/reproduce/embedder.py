@@ -1,0 +1,35 @@
+"""Finding 4, first half: the embedders."""
+
+from blocktx.model_config import EmbedderConfig
+from blocktx.reproduce import common
+from blocktx.reproduce.scale import Base
+from blocktx.reproduce.study import Found, Results, Run, Study, lower, spread
+
+
+def study(base: Base) -> Study:
+    runs = {"lookup": common.prefix(base, 1)} | {
+        kind: Run(
+            f"embedder_{kind}", base.vary(embedder=EmbedderConfig(kind=kind), prefix_length=1)
+        )
+        for kind in ("encoder", "cls")
+    }
+
+    def find(results: Results) -> Found:
+        losses = {kind: results.losses(run.name) for kind, run in runs.items()}
+        return Found(
+            [
+                lower(losses["lookup"], losses[kind], f"lookup has a lower loss than {kind}")
+                for kind in ("encoder", "cls")
+            ],
+            ["embedder (prefix length 1)", "loss"],
+            [[kind, spread(of)] for kind, of in losses.items()],
+            [common.compared("embedder", "Embedder", losses)],
+        )
+
+    return Study(
+        "embedder",
+        "4a. The lookup embedder is at least as good as encoder and CLS.",
+        list(runs.values()),
+        [],
+        find,
+    )

