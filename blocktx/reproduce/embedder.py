@@ -1,18 +1,19 @@
 """Finding 4, first half: the embedders."""
 
-from blocktx.model_config import EmbedderConfig
+from blocktx.model_config import EmbedderConfig, EncoderConfig
 from blocktx.reproduce import common
 from blocktx.reproduce.scale import Base
 from blocktx.reproduce.study import Found, Results, Run, Study, lower, spread
 
 
 def study(base: Base) -> Study:
-    runs = {"lookup": common.prefix(base, 1)} | {
-        kind: Run(
-            f"embedder_{kind}", base.vary(embedder=EmbedderConfig(kind=kind), prefix_length=1)
-        )
-        for kind in ("encoder", "cls")
-    }
+    # A third of the block decoder's width, as 256 is of the paper's 768.
+    heads = EncoderConfig.heads
+    width = base.block.model.block_decoder.width // 3 // heads * heads
+    runs = {"lookup": common.prefix(base, 1)}
+    for kind in ("encoder", "cls"):
+        embedder = EmbedderConfig(kind=kind, encoder=EncoderConfig(width=width))
+        runs[kind] = Run(f"embedder_{kind}", base.vary(embedder=embedder, prefix_length=1))
 
     def find(results: Results) -> Found:
         losses = {kind: results.losses(run.name) for kind, run in runs.items()}
