@@ -10,10 +10,10 @@ reduction costs the others) their own sum. Only the gradients outlive the slice.
 import jax
 import jax.numpy as jnp
 
-from blocktx.sharding import batch_parts
+from blocktx.sharding import batch_parts, constrain
 
 _TOKENS = 16_384  # in a slice, on each device
-_LANES = 128
+_ROWS = 8
 
 
 @jax.custom_vjp
@@ -32,8 +32,10 @@ def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK):
     mesh = jax.sharding.get_abstract_mesh()
     rows_here = rows if mesh.empty else max(rows // batch_parts(mesh), 1)
     size = max(_TOKENS // (rows_here * positions), 1)
-    # One conversion and transposition for all slices.
-    kernel_VxE = jax.lax.optimization_barrier(kernel_ExV.astype(hidden_BxMxKxE.dtype).T)
+    # One conversion and transposition for all slices; where it is cut along the mesh, put together,
+    # else activations go to its parts.
+    kernel_VxE = constrain(kernel_ExV.astype(hidden_BxMxKxE.dtype).T, "vocab", "features")
+    kernel_VxE = jax.lax.optimization_barrier(kernel_VxE)
     nats, dkernel_ExV, dhidden = jnp.float32(0), jnp.zeros(kernel_ExV.shape, jnp.float32), []
 
     def tokens(x_BxMxKx: jax.Array, begin: int) -> jax.Array:
@@ -64,13 +66,14 @@ def _slice(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
     logits_BxMxV, most_BxMx1 = jax.lax.optimization_barrier((logits_BxMxV, most_BxMx1))
     powers_BxMxV = jnp.exp(logits_BxMxV - most_BxMx1).astype(dtype)
 
-    ones = jnp.ones((vocabulary, _LANES), dtype)
+    # The kernel on the left, where the matrix unit takes 8 rows more, on the right 128.
+    ones = jnp.ones((vocabulary, _ROWS), dtype)
     sums = jnp.einsum(
-        "bmv,ve->bme",
-        powers_BxMxV,
+        "ve,bmv->ebm",
         jnp.concatenate([kernel_VxE, ones], axis=1),
+        powers_BxMxV,
         preferred_element_type=jnp.float32,
-    )
+    ).transpose(1, 2, 0)
     total_BxMx1 = sums[..., width : width + 1]
     # Else XLA converts it once, into twice the bytes, for what reads it twice.
     label_BxMxE = jax.lax.optimization_barrier(kernel_VxE[labels_BxM])

@@ -102,7 +102,8 @@ def _describe(
     ):
         carries = "parameters"
     else:
-        carries = "gradients" if phase == "backward" and summed else "activations"
+        of_loss = not _modules(path)  # which makes its gradient in the forward pass
+        carries = "gradients" if summed and (phase == "backward" or of_loss) else "activations"
     return kind, carries, _modules(path), phase
 
 

@@ -162,13 +162,14 @@ def linear(
 class Embedding(nn.Embed):
     """A table whose rows, where they are cut along the mesh, are put together before a look-up.
 
-    XLA would look up the parts of rows that a device has and then move them, which costs more.
+    XLA would look up the parts of rows that a device has and then move them, which costs more. The
+    table is not converted before: a row's gradient is a sum over all tokens that it stands for.
     """
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         table_VxD = self.embedding
         if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
-            table_VxD = constrain(table_VxD.astype(self.dtype), "vocab", "features")
+            table_VxD = constrain(table_VxD, "vocab", "features")
         return jnp.take(table_VxD, ids, axis=0).astype(self.dtype)
 
 

@@ -33,7 +33,9 @@ class StepTrace:
             self._stop()
         elif self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory()
-            jax.profiler.start_trace(self._temporary.name)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # hooks into every thread, also those that save
+            jax.profiler.start_trace(self._temporary.name, profiler_options=options)
 
     def _stop(self) -> None:
         if self._temporary is not None:

@@ -20,7 +20,7 @@ from blocktx.train import train
 def test_traced_steps(taken, traced, tmp_path, monkeypatch):
     steps = []
 
-    def start(folder):
+    def start(folder, **_):
         steps.append([])
         (tmp_path / "told").write_text(folder)
 
