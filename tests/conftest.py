@@ -8,11 +8,22 @@ from collections.abc import Callable
 # Most of the suite's time is compilation; results are the same to the tests' tolerances.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import jax
 import pytest
 from tiny_run import run_config, write_corpus
 
 from blocktx.config import DataConfig
 from blocktx.train import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    """A process of Linux has 65,530 mappings of memory, and a compiled program several of them.
+
+    Beyond that, compiling ends in a segmentation fault; `test_variants.py` alone has 9,000.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
