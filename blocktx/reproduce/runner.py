@@ -49,6 +49,8 @@ def run_all(studies: Iterable[Study], seeds: Iterable[int], workdir: epath.PathL
         if read_run(runs[name, seed], seed, workdir) is None:
             print(f"\nrun {number} of {len(order)}: {name}, seed {seed}", flush=True)
             _train(runs[name, seed], seed, epath.Path(workdir))
+            # Else the programs of dozens of runs use up the mappings that a process can have.
+            jax.clear_caches()
     for speed in {speed.name: speed for s in studies for speed in s.speeds}.values():
         if read_speed(speed, workdir) is None:
             if jax.process_count() > 1:
