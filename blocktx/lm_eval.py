@@ -182,9 +182,9 @@ class HarnessModel(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         texts = [""] * len(requests)
-        for options, numbers in groups.items():
-            settings = self._settings(json.loads(options))
-            room = self._room(settings["max_new_tokens"])
+        asked = [self._settings(json.loads(options)) for options in groups]  # all before any runs
+        rooms = [self._room(settings["max_new_tokens"]) for settings in asked]
+        for settings, room, numbers in zip(asked, rooms, groups.values(), strict=True):
             prompts = {n: self.tok_encode(requests[n].args[0])[-room:] for n in numbers}
             numbers.sort(key=lambda n: -len(prompts[n]))
             for start in range(0, len(numbers), self._batch_size):

@@ -49,7 +49,7 @@ def needle_samples(
 ) -> list[Sample]:
     """Prompts that fill the context, each of another part of the haystack, number and city.
 
-    The same seed gives the same numbers, cities and parts at each depth and for either prompt.
+    The same seed gives the same numbers and cities, and at each depth the same parts.
 
     Args:
       engine: whose context and tokenizer.

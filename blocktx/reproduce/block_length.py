@@ -26,17 +26,21 @@ def study(base: Base) -> Study:
     speed = common.speed_of("block_length", base, models)
 
     def find(results: Results) -> Found:
-        losses = {length: results.losses(runs[length].name) for length in _LENGTHS}
-        speeds = results.speeds[speed.name]
+        losses = {length: results.values(runs[length].name) for length in _LENGTHS}
+        speeds, noise = results.rates(speed.name), results.noise()
         rates = [speeds[f"length_{length}"] for length in _LENGTHS]
         checks = [
-            lower(losses[a], losses[b], f"blocks of {a} have a lower loss than of {b}")
+            lower(losses[a], losses[b], f"blocks of {a} have a lower loss than of {b}", noise)
             for a, b in itertools.pairwise(_LENGTHS)
         ]
         mean = [statistics.mean(losses[length]) for length in _LENGTHS]
-        fit = float(np.corrcoef(np.log2(_LENGTHS), mean)[0, 1] ** 2)
+        correlation = float(np.corrcoef(np.log2(_LENGTHS), mean)[0, 1])
         checks += [
-            holds(fit > 0.9, "loss is linear in the logarithm of the length", f"r² = {fit:.3f}"),
+            holds(
+                correlation > 0.95,
+                "loss rises linearly with the logarithm of the length",
+                f"correlation {correlation:.3f}",
+            ),
             holds(
                 all(a < b for a, b in itertools.pairwise(rates)),
                 "throughput grows with each doubling",
@@ -48,7 +52,7 @@ def study(base: Base) -> Study:
                 f"{rates[_LENGTHS.index(4)] / speeds['vanilla']:.1f}x",
             ),
         ]
-        vanilla = results.losses("vanilla")
+        vanilla = results.values("vanilla")
         return Found(
             checks,
             ["", "loss", "tokens/s"],

@@ -14,14 +14,17 @@ def study(base: Base) -> Study:
     }
 
     def find(results: Results) -> Found:
-        losses = {f"prefix of {n}": results.losses(run.name) for n, run in prefixes.items()}
-        losses |= {kind.replace("_", "-"): results.losses(run.name) for kind, run in others.items()}
+        losses = {f"prefix of {n}": results.values(run.name) for n, run in prefixes.items()}
+        losses |= {kind.replace("_", "-"): results.values(run.name) for kind, run in others.items()}
         ordinary = f"prefix of {base.block.model.prefix_length}"
         order = [ordinary, "summation", "cross-attention"]
         longer = [f"prefix of {n}" for n in prefixes]
+        noise = results.noise()
         return Found(
             [
-                lower(losses[better], losses[worse], f"{better} has a lower loss than {worse}")
+                lower(
+                    losses[better], losses[worse], f"{better} has a lower loss than {worse}", noise
+                )
                 for names in (order, longer[::-1])
                 for better, worse in itertools.pairwise(names)
             ],

@@ -16,10 +16,11 @@ def study(base: Base) -> Study:
         runs[kind] = Run(f"embedder_{kind}", base.vary(embedder=embedder, prefix_length=1))
 
     def find(results: Results) -> Found:
-        losses = {kind: results.losses(run.name) for kind, run in runs.items()}
+        losses = {kind: results.values(run.name) for kind, run in runs.items()}
+        noise = results.noise()
         return Found(
             [
-                lower(losses["lookup"], losses[kind], f"lookup has a lower loss than {kind}")
+                lower(losses["lookup"], losses[kind], f"lookup has a lower loss than {kind}", noise)
                 for kind in ("encoder", "cls")
             ],
             ["embedder (prefix length 1)", "loss"],

@@ -2,7 +2,6 @@
 
 import statistics
 
-from blocktx import cost
 from blocktx.reproduce import common
 from blocktx.reproduce.scale import Base
 from blocktx.reproduce.study import Chart, Found, Results, Run, Series, Study, holds, lower, spread
@@ -12,27 +11,20 @@ def study(base: Base) -> Study:
     vanilla = common.vanilla(base)
     if base.equal_flops_vanilla != base.vanilla:
         vanilla = Run("flops_vanilla", base.equal_flops_vanilla)
-    steps, budget = vanilla.config.training.steps, cost.train_step(vanilla.config).flops
-    runs = {
-        name: Run(
-            f"flops_{name}",
-            common.with_steps(config, round(steps * budget / cost.train_step(config).flops)),
-        )
-        for name, config in base.equal_flops_blocks.items()
-    }
+    runs = {name: Run(name, config) for name, config in base.equal_flops_blocks.items()}
     models = {"vanilla": vanilla.config.model}
     models |= {name: run.config.model for name, run in runs.items()}
     speed = common.speed_of("equal_flops", base, models)
 
     def find(results: Results) -> Found:
-        losses = {"vanilla": results.losses(vanilla.name)}
-        losses |= {name: results.losses(run.name) for name, run in runs.items()}
-        speeds = results.speeds[speed.name]
+        losses = {"vanilla": results.values(vanilla.name)}
+        losses |= {name: results.values(run.name) for name, run in runs.items()}
+        speeds = results.rates(speed.name)
         as_fast = [name for name in runs if speeds[name] >= speeds["vanilla"]]
         if as_fast:
             best = min(as_fast, key=lambda name: statistics.mean(losses[name]))
             statement = f"{best}, at least as fast as vanilla, has a lower loss"
-            checks = [lower(losses[best], losses["vanilla"], statement)]
+            checks = [lower(losses[best], losses["vanilla"], statement, results.noise())]
         else:
             statement = "a block model is as fast as vanilla"
             checks = [holds(False, statement, "none is")]
@@ -42,7 +34,7 @@ def study(base: Base) -> Study:
             [
                 [
                     name,
-                    str(runs.get(name, vanilla).config.training.steps),
+                    str(results.values(runs.get(name, vanilla).name, "steps")[0]),
                     spread(losses[name]),
                     f"{speeds[name]:.0f}",
                 ]

@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-import statistics
+
+import numpy as np
 
 from blocktx.reproduce import common
 from blocktx.reproduce.scale import Base
@@ -18,24 +19,25 @@ def study(base: Base) -> Study:
     run = Run("long_context", dataclasses.replace(config, training=training), curve_bin=width)
 
     def find(results: Results) -> Found:
-        curves = results.losses(run.name, "loss_by_place")
-        bins = [list(losses) for losses in zip(*curves, strict=True)]
-        places = [(i + 0.5) * width for i in range(len(bins))]
-        quarter = max(1, len(bins) // 4)
-
-        def mean(begin: int, end: int) -> list[float]:
-            return [statistics.mean(curve[begin:end]) for curve in curves]
-
-        quarters = [mean(i, i + quarter) for i in range(0, len(bins), quarter)][:4]
+        curves = results.values(run.name, "loss_by_place")
+        places = [begin for begin, _ in curves[0]]
+        bins = [[loss for _, loss in at] for at in zip(*curves, strict=True)]
+        quarters = [part.mean(0).tolist() for part in np.array_split(np.array(bins), 4)]
+        noise = results.noise()
         return Found(
             [
-                lower(after, before, f"quarter {i} of the context has a lower loss than the last")
+                lower(
+                    after,
+                    before,
+                    f"quarter {i} of the context has a lower loss than the one before",
+                    noise,
+                )
                 for i, (before, after) in enumerate(itertools.pairwise(quarters), 2)
             ],
             ["place in the context", "loss"],
             [
-                [f"{i * width}-{(i + 1) * width - 1}", spread(losses)]
-                for i, losses in enumerate(bins)
+                [f"{begin}-{begin + width - 1}", spread(losses)]
+                for begin, losses in zip(places, bins, strict=True)
             ],
             [
                 Chart(
@@ -43,7 +45,7 @@ def study(base: Base) -> Study:
                     f"Loss by place in contexts of {context} tokens",
                     "place in the context (tokens)",
                     common.LOSS,
-                    [Series("block", places, bins)],
+                    [Series("block", [begin + width / 2 for begin in places], bins)],
                 )
             ],
         )

@@ -11,7 +11,7 @@ def study(base: Base) -> Study:
     speed = Speed("long_prompt", models, prompts, scale.new_tokens, scale.long_batch_size)
 
     def find(results: Results) -> Found:
-        speeds = results.speeds[speed.name]
+        speeds = results.rates(speed.name)
         return Found(
             [
                 holds(

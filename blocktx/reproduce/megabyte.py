@@ -11,13 +11,15 @@ def study(base: Base) -> Study:
     speed = common.speed_of("megabyte", base, models)
 
     def find(results: Results) -> Found:
-        speeds = results.speeds[speed.name]
-        losses = {"block": results.losses(ours.name), "MEGABYTE": results.losses(run.name)}
+        speeds = results.rates(speed.name)
+        losses = {"block": results.values(ours.name), "MEGABYTE": results.values(run.name)}
         ratio = speeds["block"] / speeds["MEGABYTE"]
         return Found(
             [
                 holds(ratio > 1.5, "more than 1.5 times MEGABYTE's throughput", f"{ratio:.2f}x"),
-                lower(losses["block"], losses["MEGABYTE"], "the loss is lower, too"),
+                lower(
+                    losses["block"], losses["MEGABYTE"], "the loss is lower, too", results.noise()
+                ),
             ],
             ["model", "loss", "tokens/s"],
             [[name, spread(losses[name]), f"{speeds[name]:.0f}"] for name in models],

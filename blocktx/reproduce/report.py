@@ -1,8 +1,10 @@
 """The report of studies: one page of Markdown with charts, made from results alone."""
 
+import dataclasses
 import json
+import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,14 +17,16 @@ RESULTS, PAGE = "results.json", "README.md"
 _COLORS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2")
 
 
-def write_results(folder: epath.PathLike, results: Results, facts: Mapping[str, str]) -> None:
-    """Writes all that a report is made from; `facts` say how the results came to be."""
-    content = {"facts": dict(facts), "runs": results.runs, "speeds": results.speeds}
+def write_results(
+    folder: epath.PathLike, results: Results, scale: str, seeds: Sequence[int]
+) -> None:
+    """Writes all that a report is made from."""
+    content = {"scale": scale, "seeds": list(seeds)} | dataclasses.asdict(results)
     write_whole(epath.Path(folder) / RESULTS, json.dumps(content, indent=1) + "\n")
 
 
-def read_results(folder: epath.PathLike) -> tuple[Results, dict[str, str]]:
-    """What `write_results` has written.
+def read_results(folder: epath.PathLike) -> tuple[Results, str, list[int]]:
+    """What `write_results` has written: results, scale, seeds.
 
     Raises:
       FileNotFoundError: there is none.
@@ -33,16 +37,17 @@ def read_results(folder: epath.PathLike) -> tuple[Results, dict[str, str]]:
         raise FileNotFoundError(f"{path}: not found; run the studies first")
     try:
         content = json.loads(path.read_text())
-        return Results(content["runs"], content["speeds"]), content["facts"]
+        results = Results(content["runs"], content["speeds"])
+        return results, content["scale"], content["seeds"]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: is not what studies leave: {error}") from None
+        raise ValueError(f"{path}: is not what studies leave: {error!r}") from None
 
 
 def write_report(
     folder: epath.PathLike,
     studies: Iterable[Study],
     results: Results,
-    facts: Mapping[str, str],
+    scale: str,
     seeds: Sequence[int],
 ) -> epath.Path:
     """Writes the page and its charts, and returns the page's path.
@@ -58,18 +63,32 @@ def write_report(
         found = study.find(results)
         for chart in found.charts:
             write_png(folder / f"{chart.name}.png", _draw(chart))
-        summary.append([f"[{study.name}](#{study.name})", study.finding, _verdict(found)])
-        summary[-1].append(_minutes(study, results))
+        name = f"[{study.name}](#{study.name})"
+        summary.append([name, study.finding, _verdict(found), _minutes(study, results)])
         sections.append(_section(study, found, results))
-    intro = [f"- {name}: {value}" for name, value in facts.items()]
+    made = {result["made"] for runs in results.runs.values() for result in runs.values()}
+    made |= {speed["made"] for speed in results.speeds.values()}
+    noise = results.noise()
+    how = "seeds contradict each other"
+    if noise is not None:
+        how += (
+            ", or the mean difference of two losses is below "
+            f"{2 * noise * math.sqrt(2 / len(seeds)):.4f} (two standard errors: a seed gives the "
+            f"loss of a run a standard deviation of {noise:.4f})"
+        )
     page = "\n".join(
         [
             "# The paper's findings, tried",
             "",
-            *intro,
+            f"Made by `python launch/reproduce.py --study=all --scale={scale} "
+            f"--seeds={','.join(map(str, seeds))}`, where a run that studies share is made once. "
+            "Losses are in nats a token.",
+            "",
+            *(f"- {line}" for line in sorted(made)),
             "",
             "Verdicts are of each statement as it is seen at this scale: *agrees*, *disagrees*, or "
-            "*undecided* where seeds contradict each other. ± is the farthest seed from the mean.",
+            f"*undecided*, where {how}. ± is the farthest seed from the mean. Minutes are of all "
+            "that a study needs, what it shares with others too.",
             "",
             _table(["study", "finding", "statements", "minutes"], summary),
             *sections,
@@ -99,9 +118,9 @@ def _minutes(study: Study, results: Results) -> str:
     seconds = [
         result["seconds"] for run in study.runs for result in results.runs[run.name].values()
     ]
-    if not seconds or None in seconds:  # it was resumed, or nothing was trained
-        return ""
-    return f"{sum(seconds) / 60:.0f}"
+    seconds += [results.speeds[speed.name]["seconds"] for speed in study.speeds]
+    known = [each for each in seconds if each is not None]  # others were resumed
+    return ("over " if len(known) < len(seconds) else "") + f"{sum(known) / 60:.0f}"
 
 
 def _section(study: Study, found: Found, results: Results) -> str:
@@ -110,16 +129,18 @@ def _section(study: Study, found: Found, results: Results) -> str:
     lines += [_table(["statement", "seen", ""], checks), "", _table(found.header, found.rows)]
     for chart in found.charts:
         lines += ["", f"![{chart.title}]({chart.name}.png)"]
-    sizes = {
-        results.losses(run.name, "non_embedding")[0]: results.losses(run.name, "steps")[0]
-        for run in study.runs
-    }
-    if sizes:
-        low, high = min(sizes), max(sizes)
-        span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        steps = sorted(set(sizes.values()))
-        lines += ["", f"Models of {span} non-embedding parameters; steps: {steps}."]
+    if study.runs:
+        sizes, steps = (
+            sorted({results.values(run.name, key)[0] for run in study.runs})
+            for key in ("non_embedding", "steps")
+        )
+        span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+        lines += ["", f"Models of {span} non-embedding parameters, {_list(steps)} steps."]
     return "\n".join(lines)
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -132,7 +153,7 @@ def _draw(chart: Chart) -> Figure:
     figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
     axes: Any = figure.add_subplot()
     named = any(isinstance(x, str) for series in chart.series for x in series.x)
-    labels = list(dict.fromkeys(x for series in chart.series for x in series.x)) if named else []
+    labels = list(chart.ticks) or list(chart.series[0].x)
     for series, color in zip(chart.series, _COLORS, strict=False):
         x = [labels.index(name) for name in series.x] if named else list(series.x)
         means = [statistics.mean(values) for values in series.y]

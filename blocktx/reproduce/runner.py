@@ -1,8 +1,8 @@
 """Makes what studies ask for, once: each run and each measurement leaves a file when it is done."""
 
 import dataclasses
+import datetime
 import json
-import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +16,7 @@ from blocktx.config import RunConfig, to_dict
 from blocktx.convert.uptrain import uptrain
 from blocktx.cost import count_params
 from blocktx.data.corpus import prepare
-from blocktx.evaluate import text_sums
+from blocktx.evaluate import heldout_evaluation, text_sums
 from blocktx.model import build
 from blocktx.position_curve import position_curve
 from blocktx.reproduce.study import Results, Run, Speed, Study
@@ -25,11 +25,16 @@ from blocktx.sharding import create_mesh
 from blocktx.step import TrainState
 from blocktx.train import train
 
+_FAILURES = (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError)
 _REPEATS = 3  # of each measurement of speed, whose median counts
 
 
-def run_all(studies: Iterable[Study], seeds: Iterable[int], workdir: epath.PathLike) -> None:
+def run_all(
+    studies: Iterable[Study], seeds: Iterable[int], workdir: epath.PathLike
+) -> dict[str, str]:
     """Makes all that is missing, and prints what it is at; can be interrupted and called again.
+
+    What fails is left out, and the rest is made.
 
     Args:
       studies: what to make; what several ask for is made once.
@@ -37,31 +42,42 @@ def run_all(studies: Iterable[Study], seeds: Iterable[int], workdir: epath.PathL
       workdir: a folder in which each run has its own, `runs/NAME-seedN`, as of `launch/train.py`
         and with a `result.json`; and measurements of speed theirs, `speeds/NAME.json`.
 
-    Raises:
-      ValueError: what is there was made with another configuration.
-      All that `blocktx.train.train` raises.
+    Returns:
+      What has failed, and why.
     """
-    studies, seeds = list(studies), list(seeds)
+    studies, seeds, workdir = list(studies), list(seeds), epath.Path(workdir)
     runs = {(run.name, seed): run for s in studies for run in s.runs for seed in seeds}
     # What others begin with comes first.
     order = sorted(runs, key=lambda key: runs[key].uptrained_from is not None)
+    failed = {}
     for number, (name, seed) in enumerate(order, 1):
-        if read_run(runs[name, seed], seed, workdir) is None:
-            print(f"\nrun {number} of {len(order)}: {name}, seed {seed}", flush=True)
-            _train(runs[name, seed], seed, epath.Path(workdir))
-            # Else the programs of dozens of runs use up the mappings that a process can have.
-            jax.clear_caches()
+        run = runs[name, seed]
+        try:
+            if read_run(run, seed, workdir) is None:
+                print(f"\nrun {number} of {len(order)}: {name}, seed {seed}", flush=True)
+                _train(run, seed, workdir)
+                # Else the programs of dozens of runs use up the mappings that a process can have.
+                jax.clear_caches()
+        except _FAILURES as error:
+            failed[f"{name}, seed {seed}"] = str(error)
     for speed in {speed.name: speed for s in studies for speed in s.speeds}.values():
-        if read_speed(speed, workdir) is None:
-            if jax.process_count() > 1:
-                print(f"speed {speed.name}: left out, is measured in a single process only")
-                continue
-            print(f"\nspeed {speed.name}: {', '.join(speed.models)}", flush=True)
-            _measure(speed, epath.Path(workdir))
+        try:
+            if read_speed(speed, workdir) is None:
+                print(f"\nspeed {speed.name}: {', '.join(speed.models)}", flush=True)
+                _measure(speed, workdir)
+        except _FAILURES as error:
+            failed[f"speed {speed.name}"] = str(error)
+    for what, why in failed.items():
+        print(f"failed: {what}: {why}", flush=True)
+    return failed
 
 
 def collect(studies: Iterable[Study], seeds: Iterable[int], workdir: epath.PathLike) -> Results:
-    """All results that are there."""
+    """All results that are there.
+
+    Raises:
+      ValueError: as of `read_run`.
+    """
     results, seeds = Results({}, {}), list(seeds)
     for study in studies:
         for run in study.runs:
@@ -77,7 +93,8 @@ def read_run(run: Run, seed: int, workdir: epath.PathLike) -> dict[str, Any] | N
     """The result of a run, if it is finished.
 
     It has `loss` (nats a token), `bits_per_byte`, `loss_by_position` in the block, `loss_by_place`
-    in the context where the run asks for it, `steps`, `non_embedding` parameters, `seconds`.
+    in the context where the run asks for it (first token of a bin, loss), `steps`, `non_embedding`
+    parameters, `seconds` (None if it was resumed), and `made`: on what and when.
 
     Raises:
       ValueError: it is of another configuration.
@@ -85,11 +102,11 @@ def read_run(run: Run, seed: int, workdir: epath.PathLike) -> dict[str, Any] | N
     return _read(_folder(run.name, seed, workdir) / "result.json", _asked(run, seed))
 
 
-def read_speed(speed: Speed, workdir: epath.PathLike) -> dict[str, float] | None:
-    """Generated tokens a second of each model, if they are measured.
+def read_speed(speed: Speed, workdir: epath.PathLike) -> dict[str, Any] | None:
+    """What was measured, if it was: `tokens_per_second` by model, `seconds` it took, and `made`.
 
     Raises:
-      ValueError: they are of another configuration.
+      ValueError: it is of another configuration.
     """
     return _read(_speed_file(speed, workdir), _plain(speed._asdict()))
 
@@ -117,74 +134,95 @@ def _read(path: epath.Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         saved = json.loads(path.read_text())
-        found, made_for = saved["result"], saved["asked"]
+        made_for, result = saved["asked"], saved["result"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: is damaged ({error}); remove it to make it again") from None
     if made_for != asked:
+        what = path if path.parent.name == "speeds" else path.parent
         raise ValueError(
-            f"{path.parent}: what {path.name} holds was made with another configuration; use "
-            "another --workdir, or remove it"
+            f"{what}: was made with another configuration; remove it, or use another --workdir"
         )
-    return found
+    return result
 
 
-def _write(path: epath.Path, asked: dict[str, Any], result: dict[str, Any]) -> None:
+def _write(path: epath.Path, asked: dict[str, Any], result: dict[str, Any] | None) -> None:
+    if result is not None:
+        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        result = result | {"made": f"{datetime.date.today()}, {device}, jax {jax.__version__}"}
     if jax.process_index() == 0:
         write_whole(path, json.dumps({"result": result, "asked": asked}, indent=2) + "\n")
 
 
 def _train(run: Run, seed: int, workdir: epath.Path) -> None:
-    folder = _folder(run.name, seed, workdir)
+    folder, asked = _folder(run.name, seed, workdir), _asked(run, seed)
     config = dataclasses.replace(run.config, seed=seed)
-    if run.uptrained_from is not None:
-        config = _begin_with(_folder(run.uptrained_from, seed, workdir), config, folder)
+    if config.data.holdout_every == 0:
+        raise ValueError("config.data.holdout_every: got 0, but studies compare held-out losses")
     fresh, begin = not has_checkpoint(folder), time.monotonic()
+    if run.uptrained_from is not None:
+        start = folder.with_name(f"{folder.name}-start")
+        training = dataclasses.replace(config.training, init_from=str(start))
+        config = dataclasses.replace(config, training=training)
+        if fresh:
+            _make_start(_folder(run.uptrained_from.name, seed, workdir), config, start)
+    if fresh:  # from now on the folder says what it is for
+        _write(folder / "result.json", asked, None)
+    elif not (folder / "result.json").exists():
+        raise ValueError(f"{folder}: is not a run of a study; remove it")
     state = train(config, folder, resume=True)
-    seconds = time.monotonic() - begin if fresh else None  # of the whole run, or not known
-    last = next(line for line in reversed(metrics.read(folder)) if "heldout/loss" in line)
+    seconds = time.monotonic() - begin if fresh else None
+    heldout = _heldout(config, state, folder)
     positions = range(1, config.model.block_length + 1)
     result = {
-        "loss": last["heldout/loss"],
-        "bits_per_byte": last["heldout/bits_per_byte"],
-        "loss_by_position": [last[f"heldout/loss_at_{position}"] for position in positions],
+        "loss": heldout["heldout/loss"],
+        "bits_per_byte": heldout["heldout/bits_per_byte"],
+        "loss_by_position": [heldout[f"heldout/loss_at_{position}"] for position in positions],
         "steps": config.training.steps,
         "non_embedding": count_params(config.model).non_embedding,
         "seconds": seconds,
     }
     if run.curve_bin is not None:
         result["loss_by_place"] = _curve(config, state, run.curve_bin)
-    _write(folder / "result.json", _asked(run, seed), result)
+    _write(folder / "result.json", asked, result)
 
 
-def _begin_with(vanilla: epath.Path, config: RunConfig, folder: epath.Path) -> RunConfig:
-    """`config` from the parameters that uptraining begins with, made from a vanilla run's."""
-    start = folder.with_name(f"{folder.name}-start")
-    if not has_checkpoint(start):
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"{start}: not found, and is made by a single process only: python "
-                f"launch/convert.py uptrain --from={vanilla} --method=partition "
-                f"--block-length={config.model.block_length} --output={start}"
-            )
-        saved = checkpoint.load_params(vanilla)
-        model, params = uptrain(
-            saved.config.model,
-            saved.params,
-            method="partition",
-            block_length=config.model.block_length,
-            prefix_length=config.model.prefix_length,
-        )
-        checkpoint.save_params(
-            start,
-            dataclasses.replace(saved.config, model=model),
-            params,
-            tokenizer=checkpoint.tokenizer_file(vanilla),
-        )
-    training = dataclasses.replace(config.training, init_from=str(start))
-    return dataclasses.replace(config, training=training)
+def _heldout(config: RunConfig, state: TrainState, folder: epath.Path) -> dict[str, float]:
+    """The evaluation after the last step, made again if the run ended before it was written."""
+    for line in reversed(metrics.read(folder)):
+        if line["step"] == config.training.steps and line.get("heldout/loss") is not None:
+            return line
+    mesh = create_mesh(config.mesh)
+    corpus = prepare(config.data, config.model.vocab_size)
+    with jax.set_mesh(mesh):
+        evaluate = heldout_evaluation(config, build(config.model), corpus, mesh)
+        if evaluate is None:
+            raise ValueError(f"{config.data.source}: no held-out text; studies compare its loss")
+        return evaluate(config.training.steps, state.params)
 
 
-def _curve(config: RunConfig, state: TrainState, bin_tokens: int) -> list[float]:
+def _make_start(vanilla: epath.Path, config: RunConfig, start: epath.Path) -> None:
+    """What uptraining begins with, made from a vanilla run."""
+    if jax.process_count() > 1:
+        raise ValueError("a run that begins with another's parameters takes a single process")
+    if start.exists():  # perhaps of another vanilla run
+        start.rmtree()
+    saved = checkpoint.load_params(vanilla)
+    model, params = uptrain(
+        saved.config.model,
+        saved.params,
+        method="partition",
+        block_length=config.model.block_length,
+        prefix_length=config.model.prefix_length,
+    )
+    checkpoint.save_params(
+        start,
+        dataclasses.replace(saved.config, model=model),
+        params,
+        tokenizer=checkpoint.tokenizer_file(vanilla),
+    )
+
+
+def _curve(config: RunConfig, state: TrainState, bin_tokens: int) -> list[tuple[int, float]]:
     mesh = create_mesh(config.mesh)
     corpus = prepare(config.data, config.model.vocab_size)
     with jax.set_mesh(mesh):
@@ -196,11 +234,13 @@ def _curve(config: RunConfig, state: TrainState, bin_tokens: int) -> list[float]
             mesh,
             batch_size=config.training.batch_size,
         )
-    return [found.loss for found in position_curve(sums, bin_tokens) if math.isfinite(found.loss)]
+    return [(found.begin, found.loss) for found in position_curve(sums, bin_tokens) if found.tokens]
 
 
 def _measure(speed: Speed, workdir: epath.Path) -> None:
-    models = []
+    if jax.process_count() > 1:
+        raise ValueError("speed is measured by a single process")
+    models, begin = [], time.monotonic()
     for name, config in speed.models.items():
         tokens = speed.prompt_tokens[name] + speed.new_tokens
         models.append(benchmark.random_model(benchmark.with_room(config, tokens, _dtype())))
@@ -211,7 +251,10 @@ def _measure(speed: Speed, workdir: epath.Path) -> None:
         new_tokens=speed.new_tokens,
         repeats=_REPEATS,
     )
-    result = dict(zip(speed.models, rates, strict=True))
+    result = {
+        "tokens_per_second": dict(zip(speed.models, rates, strict=True)),
+        "seconds": time.monotonic() - begin,
+    }
     _write(_speed_file(speed, workdir), _plain(speed._asdict()), result)
 
 

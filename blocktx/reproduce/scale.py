@@ -14,7 +14,7 @@ class Scale(NamedTuple):
     block: str  # the run that all ablations vary; its two decoders have layers of one kind
     vanilla: str  # its equal in non-embedding parameters
     megabyte: str
-    equal_flops: tuple[str, tuple[str, ...]]  # a vanilla run, block models to train like it
+    equal_flops: tuple[str, tuple[str, ...]]  # a vanilla run, and block models trained like it
     fast_block: str  # of which decoding is measured, as of the next two
     fast_vanilla: str
     fast_megabyte: str
@@ -35,7 +35,7 @@ SCALES = {
         megabyte="configs/reproduce.py:megabyte",
         equal_flops=(
             "configs/reproduce.py:vanilla",
-            ("configs/reproduce.py:block", "configs/reproduce.py:wide_block"),
+            ("configs/reproduce.py:flops_block", "configs/reproduce.py:flops_wide_block"),
         ),
         fast_block="configs/paper.py:block_170m",
         fast_vanilla="configs/paper.py:vanilla_160m",
@@ -55,7 +55,7 @@ SCALES = {
         megabyte="configs/paper.py:megabyte_85m",
         equal_flops=(
             "configs/paper.py:vanilla_70m",
-            ("configs/paper.py:block_170m", "configs/paper.py:block_420m"),
+            ("configs/paper.py:flops_70m_170m", "configs/paper.py:flops_70m_420m"),
         ),
         fast_block="configs/paper.py:block_170m",
         fast_vanilla="configs/paper.py:vanilla_160m",

@@ -1,9 +1,12 @@
 """What a study is: runs to train, speeds to measure, and what is found in their results."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from blocktx.config import RunConfig
 from blocktx.model_config import ModelConfig
@@ -16,7 +19,7 @@ class Run(NamedTuple):
 
     name: str  # without the seed
     config: RunConfig  # of whichever seed: the run's is put in its place
-    uptrained_from: str | None = None  # the name of the vanilla run that it begins with
+    uptrained_from: "Run | None" = None  # the vanilla run, of the same seed, that it begins with
     curve_bin: int | None = None  # tokens; also measure the loss by place in the context
 
 
@@ -34,20 +37,31 @@ class Speed(NamedTuple):
 class Results:
     """All that has been measured; JSON, whole."""
 
-    runs: dict[str, dict[str, dict[str, Any]]]  # by name and seed: what `runner.run_result` gives
-    speeds: dict[str, dict[str, float]]  # generated tokens a second, by Speed and model
+    runs: dict[str, dict[str, dict[str, Any]]]  # by name and seed: what `runner.read_run` gives
+    speeds: dict[str, dict[str, Any]]  # by name: what `runner.read_speed` gives
 
-    def losses(self, run: str, key: str = "loss") -> list[float]:
-        """The held-out losses of a run, one a seed, in nats a token; or another of its values."""
+    def values(self, run: str, key: str = "loss") -> list[Any]:
+        """A value of a run, one a seed; by default its held-out loss in nats a token."""
         return [result[key] for _, result in sorted(self.runs[run].items())]
 
-    def loss(self, run: str) -> float:
-        """The mean over the seeds."""
-        return statistics.mean(self.losses(run))
+    def rates(self, speed: str) -> dict[str, float]:
+        """Generated tokens a second, by model."""
+        return self.speeds[speed]["tokens_per_second"]
 
-    def at(self, run: str, key: str, index: int) -> list[float]:
-        """Entry `index` of a value that is a list, one a seed."""
-        return [values[index] for values in self.losses(run, key)]
+    def noise(self) -> float | None:
+        """The standard deviation that a seed gives a run's loss; None if there is one seed alone.
+
+        Of what is left of the losses of all runs when the means of runs and of seeds are taken
+        away: comparisons are between runs of the same seeds, which see the same data.
+        """
+        seeds = max((len(found) for found in self.runs.values()), default=0)
+        grid = np.array(
+            [self.values(run) for run, found in self.runs.items() if len(found) == seeds]
+        )
+        if seeds < 2 or len(grid) < 2:
+            return None
+        rest = grid - grid.mean(0) - grid.mean(1, keepdims=True) + grid.mean()
+        return float(np.sqrt((rest**2).sum() / ((len(grid) - 1) * (seeds - 1))))
 
 
 class Check(NamedTuple):
@@ -71,6 +85,7 @@ class Chart(NamedTuple):
     ylabel: str
     series: list[Series]
     log: Literal["", "x", "y", "xy"] = ""
+    ticks: Sequence[str] = ()  # the order of names along x
 
 
 class Found(NamedTuple):
@@ -90,19 +105,22 @@ class Study(NamedTuple):
     find: Callable[[Results], Found]
 
 
-def lower(a: Sequence[float], b: Sequence[float], statement: str) -> Check:
+def lower(
+    a: Sequence[float], b: Sequence[float], statement: str, noise: float | None = None
+) -> Check:
     """Whether `a` is lower than `b`, each a value a seed, seeds in the same order.
 
-    Seeds are compared in pairs: where they contradict each other the check is undecided, and so it
-    is where there is one alone and the difference is below a thousandth, which seeds can make.
+    It is undecided where the mean difference is within two standard errors, by `Results.noise`, or
+    where seeds contradict each other; without a noise, where it is below a thousandth.
     """
     differences = [y - x for x, y in zip(a, b, strict=True)]
     mean = statistics.mean(differences)
     seen = f"lower by {mean:.4f}" if mean > 0 else f"higher by {-mean:.4f}"
     if len(differences) > 1:
         seen += " (by seed: " + ", ".join(f"{difference:+.4f}" for difference in differences) + ")"
+    least = 1e-3 if noise is None else 2 * noise * math.sqrt(2 / len(differences))
     one_way = min(differences) > 0 or max(differences) < 0
-    if not one_way or (len(differences) == 1 and abs(mean) < 1e-3):
+    if not one_way or abs(mean) < least:
         return Check(statement, seen, "undecided")
     return Check(statement, seen, "agrees" if mean > 0 else "disagrees")
 
