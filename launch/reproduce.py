@@ -31,6 +31,12 @@ _STUDY = flags.DEFINE_list("study", None, f"all, or some of {', '.join(STUDIES)}
 _SCALE = flags.DEFINE_enum("scale", "cpu", [*SCALES], "How large the models are.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "The folder of the runs.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder of the report; None: --workdir.")
+_STEPS = flags.DEFINE_integer(
+    "steps",
+    None,
+    "Of the block model; others in proportion. None: as the scale has.",
+    lower_bound=10,
+)
 _SEEDS = flags.DEFINE_list("seeds", None, "As in 0,1,2; None: those of the scale.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and whether they are finished.")
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make the report from its results.json.")
@@ -72,25 +78,26 @@ def _read_config(spec: str) -> RunConfig:
 
 def main() -> None:
     scale = SCALES[_SCALE.value]
-    base = Base.read(scale, _read_config)
+    base = Base.read(scale, _read_config, _STEPS.value)
     studies = {name: study(base) for name, study in STUDIES.items()}
     chosen, seeds = _chosen(studies), _seeds(scale.seeds)
+    flags_ = f"--scale={_SCALE.value}" + (f" --steps={_STEPS.value}" if _STEPS.value else "")
     output, failed = _OUTPUT.value or _WORKDIR.value, {}
     if _DRY_RUN.value:
         _list(chosen, seeds)
         return
     if _REPORT_ONLY.value:
-        results, name, seeds = read_results(output)
-        if name != _SCALE.value:
-            raise ValueError(f"--scale: got {_SCALE.value}, but {output} has results of {name}")
+        results, made_with, seeds = read_results(output)
+        if made_with != flags_:
+            raise ValueError(f"{output} has results of {made_with}, and {flags_} is asked for")
     else:
         distributed.initialize("auto")
         failed = runner.run_all(chosen, seeds, _WORKDIR.value)
         if jax.process_index():
             return
         results = runner.collect(studies.values(), seeds, _WORKDIR.value)
-        write_results(output, results, _SCALE.value, seeds)
-    print(write_report(output, studies.values(), results, _SCALE.value, seeds))
+        write_results(output, results, flags_, seeds)
+    print(write_report(output, studies.values(), results, flags_, seeds))
     if failed:
         raise ValueError(f"{len(failed)} failed, see above: {', '.join(failed)}")
 

@@ -82,7 +82,7 @@ def test_nothing_finished_is_repeated_after_an_interruption(base, tmp_path, monk
     assert len(trained.names) == 5
     half = runner.collect(studies, [0, 1], tmp_path)
     assert sum(map(len, half.runs.values())) == 5
-    page = write_report(tmp_path, studies, half, "cpu", [0, 1]).read_text()
+    page = write_report(tmp_path, studies, half, "--scale=cpu", [0, 1]).read_text()
     assert page.count("not run") == 2
 
     trained.stop_at = None
@@ -100,8 +100,8 @@ def test_report_is_made_from_results_alone(base, tmp_path, monkeypatch):
     studies = [STUDIES["allocation"](base), STUDIES["position_loss"](base)]
     runner.run_all(studies, [0, 1], tmp_path / "runs")
     results = runner.collect(studies, [0, 1], tmp_path / "runs")
-    write_results(tmp_path / "a", results, "cpu", [0, 1])
-    first = write_report(tmp_path / "a", studies, results, "cpu", [0, 1])
+    write_results(tmp_path / "a", results, "--scale=cpu", [0, 1])
+    first = write_report(tmp_path / "a", studies, results, "--scale=cpu", [0, 1])
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "results.json").write_bytes((tmp_path / "a" / "results.json").read_bytes())
     read, scale, seeds = read_results(tmp_path / "b")
@@ -129,7 +129,7 @@ def test_uptraining_begins_with_the_vanilla_run(base, tmp_path):
     assert abs(results.values("uptrained_tenth")[0] - vanilla) < new - vanilla
     lines = metrics.read(tmp_path / "runs" / "uptrained_tenth-seed0")
     assert results.values("uptrained_tenth") == [lines[-1]["heldout/loss"]]
-    assert write_report(tmp_path, [study], results, "cpu", [0]).exists()
+    assert write_report(tmp_path, [study], results, "--scale=cpu", [0]).exists()
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_every_study(name, base, tmp_path):
     study = STUDIES[name](base)
     runner.run_all([study], [0], tmp_path)
     results = runner.collect([study], [0], tmp_path)
-    page = write_report(tmp_path, [study], results, "cpu", [0]).read_text()
+    page = write_report(tmp_path, [study], results, "--scale=cpu", [0]).read_text()
     assert "not run" not in page
     found = study.find(results)
     assert found.checks
@@ -317,14 +317,14 @@ def test_report_by_the_script_is_of_all_that_is_there(base, tmp_path, monkeypatc
     """And again from results.json, which says of which scale and seeds it is."""
     study = STUDIES["embedder"](base)
     results = made_up(study, {run.name: [3.0, 3.1] for run in study.runs})
-    write_results(tmp_path, results, "cpu", [0, 1])
+    write_results(tmp_path, results, "--scale=cpu", [0, 1])
     done = launch("--study=all", "--report_only", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "README.md").read_text()
     assert "[embedder](#embedder)" in page
     assert page.count("not run") == len(STUDIES) - 1
     refused = launch("--study=all", "--report_only", f"--output={tmp_path}", "--scale=paper")
-    assert f"--scale: got paper, but {tmp_path} has results of cpu" in refused.stderr
+    assert f"{tmp_path} has results of --scale=cpu, and --scale=paper is asked" in refused.stderr
 
 
 def launch(*flags: str) -> subprocess.CompletedProcess:

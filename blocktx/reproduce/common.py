@@ -1,9 +1,7 @@
 """Runs, measurements and charts that studies have in common."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
-from blocktx.config import RunConfig
 from blocktx.model_config import ModelConfig
 from blocktx.reproduce.scale import Base
 from blocktx.reproduce.study import Chart, Run, Series, Speed
@@ -43,23 +41,6 @@ def prefix(base: Base, length: int) -> Run:
     if length == base.block.model.prefix_length:
         return ordinary(base)
     return Run(f"prefix_{length}", base.vary(prefix_length=length))
-
-
-def with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The same run over fewer or more steps, its warm-up in proportion; evaluated at its end."""
-    before, optimizer = config.training.steps, config.optimizer
-    return dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(
-            optimizer, warmup_steps=optimizer.warmup_steps * steps // before
-        ),
-        training=dataclasses.replace(
-            config.training,
-            steps=steps,
-            evaluate_every=min(steps, config.training.evaluate_every),
-            checkpoint_every=min(steps, config.training.checkpoint_every),
-        ),
-    )
 
 
 def speed_of(name: str, base: Base, models: Mapping[str, ModelConfig]) -> Speed:

@@ -18,15 +18,15 @@ _COLORS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2")
 
 
 def write_results(
-    folder: epath.PathLike, results: Results, scale: str, seeds: Sequence[int]
+    folder: epath.PathLike, results: Results, flags: str, seeds: Sequence[int]
 ) -> None:
-    """Writes all that a report is made from."""
-    content = {"scale": scale, "seeds": list(seeds)} | dataclasses.asdict(results)
+    """Writes all that a report is made from; `flags` are those that say at what scale."""
+    content = {"flags": flags, "seeds": list(seeds)} | dataclasses.asdict(results)
     write_whole(epath.Path(folder) / RESULTS, json.dumps(content, indent=1) + "\n")
 
 
 def read_results(folder: epath.PathLike) -> tuple[Results, str, list[int]]:
-    """What `write_results` has written: results, scale, seeds.
+    """What `write_results` has written: results, flags, seeds.
 
     Raises:
       FileNotFoundError: there is none.
@@ -38,7 +38,7 @@ def read_results(folder: epath.PathLike) -> tuple[Results, str, list[int]]:
     try:
         content = json.loads(path.read_text())
         results = Results(content["runs"], content["speeds"])
-        return results, content["scale"], content["seeds"]
+        return results, content["flags"], content["seeds"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: is not what studies leave: {error!r}") from None
 
@@ -47,7 +47,7 @@ def write_report(
     folder: epath.PathLike,
     studies: Iterable[Study],
     results: Results,
-    scale: str,
+    flags: str,
     seeds: Sequence[int],
 ) -> epath.Path:
     """Writes the page and its charts, and returns the page's path.
@@ -80,7 +80,7 @@ def write_report(
         [
             "# The paper's findings, tried",
             "",
-            f"Made by `python launch/reproduce.py --study=all --scale={scale} "
+            f"Made by `python launch/reproduce.py --study=all {flags} "
             f"--seeds={','.join(map(str, seeds))}`, where a run that studies share is made once. "
             "Losses are in nats a token.",
             "",

@@ -72,6 +72,27 @@ SCALES = {
 }
 
 
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The same run over fewer or more steps, and all that happens in them in proportion."""
+    before, optimizer, training = config.training.steps, config.optimizer, config.training
+
+    def scaled(number: int) -> int:
+        return max(1, number * steps // before)
+
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(
+            optimizer, warmup_steps=optimizer.warmup_steps * steps // before
+        ),
+        training=dataclasses.replace(
+            training,
+            steps=steps,
+            evaluate_every=scaled(training.evaluate_every),
+            checkpoint_every=scaled(training.checkpoint_every),
+        ),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """The runs of a scale, read."""
@@ -87,15 +108,26 @@ class Base:
     fast_megabyte: ModelConfig
 
     @classmethod
-    def read(cls, scale: Scale, read_config: Callable[[str], RunConfig]) -> "Base":
+    def read(
+        cls, scale: Scale, read_config: Callable[[str], RunConfig], steps: int | None = None
+    ) -> "Base":
+        """All runs; with `steps`, the block run has as many, and the others in proportion."""
+        usual = read_config(scale.block).training.steps
+
+        def read(spec: str) -> RunConfig:
+            config = read_config(spec)
+            if steps is None:
+                return config
+            return with_steps(config, max(1, round(config.training.steps * steps / usual)))
+
         vanilla, blocks = scale.equal_flops
         return cls(
             scale=scale,
-            block=read_config(scale.block),
-            vanilla=read_config(scale.vanilla),
-            megabyte=read_config(scale.megabyte),
-            equal_flops_vanilla=read_config(vanilla),
-            equal_flops_blocks={spec.rpartition(":")[2]: read_config(spec) for spec in blocks},
+            block=read(scale.block),
+            vanilla=read(scale.vanilla),
+            megabyte=read(scale.megabyte),
+            equal_flops_vanilla=read(vanilla),
+            equal_flops_blocks={spec.rpartition(":")[2]: read(spec) for spec in blocks},
             fast_block=read_config(scale.fast_block).model,
             fast_vanilla=read_config(scale.fast_vanilla).model,
             fast_megabyte=read_config(scale.fast_megabyte).model,

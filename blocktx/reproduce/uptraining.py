@@ -4,14 +4,14 @@ import statistics
 
 from blocktx.model_config import EmbedderConfig
 from blocktx.reproduce import common
-from blocktx.reproduce.scale import Base
+from blocktx.reproduce.scale import Base, with_steps
 from blocktx.reproduce.study import Check, Found, Results, Run, Study, lower, spread
 
 
 def study(base: Base) -> Study:
     width = base.block.model.block_decoder.width
     config = base.vary(embedder=EmbedderConfig(kind="projection", width=width))
-    short = common.with_steps(config, config.training.steps // 10)
+    short = with_steps(config, config.training.steps // 10)
     runs = {
         "vanilla, all steps": common.vanilla(base),
         "block, all steps": Run("projection", config),
