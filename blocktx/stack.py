@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from blocktx.attention import Attention, CrossAttention
 from blocktx.cache import Cache, LayerCache
-from blocktx.layers import MLP, layer_norm, normalize
+from blocktx.layers import MLP, WIDE, layer_norm, normalize
 from blocktx.model_config import ModelConfig, StackConfig
 from blocktx.sharding import constrain
 
@@ -17,9 +17,6 @@ _KEPT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
-
-
-_WIDE = 1024
 
 
 class Layer(nn.Module):
@@ -84,7 +81,7 @@ class Stack(nn.Module):
         layers, scan = self.stack.layers, self.config.scan_layers
         # What a loop keeps for the gradient it copies, which takes narrow layers on TPU as long as
         # a third of their work; wide ones a smaller part, and a loop compiles faster.
-        unroll = self.config.platform == "tpu" and self.stack.width < _WIDE
+        unroll = self.config.platform == "tpu" and self.stack.width < WIDE
         layer = Layer
         if self.config.remat != "none":
             barrier = not scan or unroll  # a loop is one of its own

@@ -51,8 +51,9 @@ class Results:
     def noise(self) -> float | None:
         """The standard deviation that a seed gives a run's loss; None if there is one seed alone.
 
-        Of what is left of the losses of all runs when the means of runs and of seeds are taken
-        away: comparisons are between runs of the same seeds, which see the same data.
+        Of what is left of the losses of all runs when what a run and what a seed does to them is
+        taken away: comparisons are between runs of the same seeds, which see the same data. By
+        medians, so that one model that hardly trains does not blur all others.
         """
         seeds = max((len(found) for found in self.runs.values()), default=0)
         grid = np.array(
@@ -60,8 +61,10 @@ class Results:
         )
         if seeds < 2 or len(grid) < 2:
             return None
-        rest = grid - grid.mean(0) - grid.mean(1, keepdims=True) + grid.mean()
-        return float(np.sqrt((rest**2).sum() / ((len(grid) - 1) * (seeds - 1))))
+        rest = grid - grid.mean(1, keepdims=True)
+        rest -= np.median(rest, axis=0)
+        normal = 1.4826  # standard deviation over median of the absolute values
+        return float(normal * np.median(np.abs(rest)) * math.sqrt(seeds / (seeds - 1)))
 
 
 class Check(NamedTuple):
