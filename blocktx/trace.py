@@ -33,9 +33,7 @@ class StepTrace:
             self._stop()
         elif self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory()
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # hooks into every thread, also those that save
-            jax.profiler.start_trace(self._temporary.name, profiler_options=options)
+            jax.profiler.start_trace(self._temporary.name)
 
     def _stop(self) -> None:
         if self._temporary is not None:

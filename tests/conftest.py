@@ -20,7 +20,7 @@ from blocktx.train import train
 def programs_are_let_go():
     """A process of Linux has 65,530 mappings of memory, and a compiled program several of them.
 
-    Beyond that, compiling ends in a segmentation fault; `test_variants.py` alone has 9,000.
+    `test_variants.py` alone leaves 9,000.
     """
     yield
     jax.clear_caches()
