@@ -1,5 +1,6 @@
 """`launch/restart.sh` around a command that ends as it is told."""
 
+import functools
 import pathlib
 import signal
 import subprocess
@@ -90,7 +91,13 @@ def test_long_runs_do_not_count(command):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_is_passed_on_and_waited_for(number, code, command):
     write_codes(command, 134, "wait", 0)
-    process = subprocess.Popen(restart(command), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        restart(command),
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts in the background with SIGINT ignored, and so a whole suite.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout.readline() == "started\n"
     process.send_signal(number)
     out, _ = process.communicate(timeout=10)
