@@ -1,7 +1,41 @@
-"""The Block Transformer (Ho et al., NeurIPS 2024) in JAX and Flax."""
+"""The Block Transformer (Ho et al., NeurIPS 2024) in JAX and Flax.
+
+    engine = blocktx.load("runs/quickstart")     a checkpoint with its tokenizer
+    engine.generate("The state of the Union is")
+    blocktx.load_params, blocktx.generate        arrays in, arrays out
+
+Packages, in the order of their imports: config, files, chips, cost, parallel, data, ops, model,
+checkpoint, decode, evaluate, train, benchmark, compile, convert, inspect_model, lm_eval, reproduce.
+Each is imported on first use as an attribute, such as `blocktx.convert`.
+"""
+
+import importlib
+from types import ModuleType
 
 from blocktx.checkpoint import load_params
-from blocktx.decoding import generate
-from blocktx.engine import Engine, load
+from blocktx.decode import Engine, generate, load
 
 __all__ = ["Engine", "generate", "load", "load_params"]
+
+_ON_FIRST_USE = (
+    "benchmark",
+    "chips",
+    "compile",
+    "convert",
+    "cost",
+    "evaluate",
+    "inspect_model",
+    "lm_eval",
+    "reproduce",
+    "train",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f"blocktx.{name}")
+    raise AttributeError(f"module 'blocktx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ON_FIRST_USE])

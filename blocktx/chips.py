@@ -43,6 +43,7 @@ CHIPS = {
     )
 }
 
+
 _KINDS = {  # of `jax.Device.device_kind`, by how they begin; those that begin alike: longer first
     "TPU v4 lite": None,
     "TPU v4": "v4",

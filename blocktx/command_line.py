@@ -14,9 +14,11 @@ import jax
 from absl import app, flags, logging
 
 from blocktx.config import RunConfig, from_config_dict
-from blocktx.distributed import end_with
+from blocktx.parallel import end_with
 
 _NO_FUNCTION = "the file has no function get_config()"
+
+
 _EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
 
 

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blocktx.config import RunConfig
-from blocktx.model_config import EncoderConfig, ModelConfig, StackConfig
+from blocktx.config import EncoderConfig, ModelConfig, RunConfig, StackConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from blocktx.attention import Attention
-from blocktx.layers import rotary
-from blocktx.model import BlockTransformer, Model
-from blocktx.model_config import BlockConfig, StackConfig
-from blocktx.stack import unstack_layers
+from blocktx.config import BlockConfig, StackConfig
+from blocktx.model import Attention, BlockTransformer, Model, unstack_layers
+from blocktx.ops import rotary
 
 
 def in_blocks(

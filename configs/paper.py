@@ -36,8 +36,17 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from blocktx.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig, to_config_dict
-from blocktx.model_config import BlockConfig, EmbedderConfig, StackConfig, VanillaConfig
+from blocktx.config import (
+    BlockConfig,
+    DataConfig,
+    EmbedderConfig,
+    OptimizerConfig,
+    RunConfig,
+    StackConfig,
+    TrainingConfig,
+    VanillaConfig,
+    to_config_dict,
+)
 
 _TOKENS = 300_000_000_000
 _SHARED = dict(vocab_size=50_304, context_length=2048, compute_dtype="bfloat16")

@@ -8,8 +8,16 @@ The vanilla baseline of the same size is `--config=configs/quickstart.py:vanilla
 
 import ml_collections
 
-from blocktx.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig, to_config_dict
-from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
+from blocktx.config import (
+    BlockConfig,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    StackConfig,
+    TrainingConfig,
+    VanillaConfig,
+    to_config_dict,
+)
 
 
 def get_config(kind: str = "block") -> ml_collections.ConfigDict:

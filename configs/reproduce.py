@@ -2,8 +2,16 @@
 
 import ml_collections
 
-from blocktx.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig, to_config_dict
-from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
+from blocktx.config import (
+    BlockConfig,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    StackConfig,
+    TrainingConfig,
+    VanillaConfig,
+    to_config_dict,
+)
 
 _SHARED = dict(vocab_size=2048, context_length=256)
 _HALF = StackConfig(layers=3, width=128, heads=4)

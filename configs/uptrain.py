@@ -36,14 +36,17 @@ import pathlib
 import ml_collections
 
 from blocktx.config import (
+    BlockConfig,
     DataConfig,
+    EmbedderConfig,
     OptimizerConfig,
     RunConfig,
+    StackConfig,
     TrainingConfig,
+    VanillaConfig,
     from_config_dict,
     to_config_dict,
 )
-from blocktx.model_config import BlockConfig, EmbedderConfig, StackConfig, VanillaConfig
 
 STEPS = 400  # of pretraining
 

@@ -9,9 +9,23 @@ import os
 import jax
 from absl import flags
 
-from blocktx import benchmark, benchmark_report, checkpoint, command_line, decoding, metrics
-from blocktx.machine import measure_machine
-from blocktx.model import build
+from blocktx import command_line
+from blocktx.benchmark import (
+    SETTINGS,
+    Candidate,
+    equal_vanilla,
+    largest_batch,
+    measure,
+    measure_machine,
+    plot,
+    random_model,
+    table,
+    with_room,
+    write_json,
+)
+from blocktx.checkpoint import load_params
+from blocktx.model import build, separate_layers
+from blocktx.train import read
 
 _CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:NAME; its model is measured.")
 _AGAINST = flags.DEFINE_string(
@@ -28,7 +42,7 @@ _CHECKPOINT = flags.DEFINE_multi_string(
 _SETTING = flags.DEFINE_enum(
     "setting",
     "custom",
-    [*benchmark.SETTINGS, "custom"],
+    [*SETTINGS, "custom"],
     "prefill_heavy: 2048 tokens in, 128 out. decode_heavy: 128 in, 2048 out. custom: any.",
 )
 _PROMPT = flags.DEFINE_integer("prompt", None, "Tokens in.", lower_bound=1)
@@ -52,7 +66,7 @@ def _tokens() -> tuple[int, int]:
         if _PROMPT.value is None or _NEW.value is None:
             raise ValueError("--setting=custom needs --prompt and --new")
         return _PROMPT.value, _NEW.value
-    prompt, new = benchmark.SETTINGS[_SETTING.value]
+    prompt, new = SETTINGS[_SETTING.value]
     for name, given, fixed in [("prompt", _PROMPT.value, prompt), ("new", _NEW.value, new)]:
         if given not in (None, fixed):
             raise ValueError(
@@ -77,7 +91,7 @@ def _memory_limit() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")  # a CPU
 
 
-def _candidates(tokens: int) -> list[benchmark.Candidate]:
+def _candidates(tokens: int) -> list[Candidate]:
     if bool(_CONFIG.value) == bool(_CHECKPOINT.value):
         raise ValueError("give either --config or --checkpoint; see --help")
     if _CHECKPOINT.value:
@@ -90,28 +104,28 @@ def _candidates(tokens: int) -> list[benchmark.Candidate]:
     if against == "vanilla":
         if specs[name or path].kind == "vanilla":
             raise ValueError("--against=vanilla: the model of --config is a vanilla model itself")
-        specs[against] = benchmark.equal_vanilla(specs[name or path])
+        specs[against] = equal_vanilla(specs[name or path])
     elif against:
         other = against if ".py" in against else f"{path}:{against}"
         specs[against] = command_line.read_config(other).model
     return [
-        benchmark.Candidate(
+        Candidate(
             name,
-            *benchmark.random_model(benchmark.with_room(config, tokens, _DTYPE.value)),
+            *random_model(with_room(config, tokens, _DTYPE.value)),
         )
         for name, config in specs.items()
     ]
 
 
-def _saved(path: str, tokens: int) -> benchmark.Candidate:
-    model = checkpoint.load_params(path).config.model
-    model = benchmark.with_room(model, tokens, _DTYPE.value)
-    loaded = checkpoint.load_params(path, model=model)
+def _saved(path: str, tokens: int) -> Candidate:
+    model = load_params(path).config.model
+    model = with_room(model, tokens, _DTYPE.value)
+    loaded = load_params(path, model=model)
     run = loaded.path.parent.parent
-    lines = metrics.read(run) if (run / "metrics.jsonl").exists() else []
+    lines = read(run) if (run / "metrics.jsonl").exists() else []
     losses = [line["heldout/loss"] for line in lines if line.get("heldout/loss") is not None]
-    separate = decoding.separate_layers(build(model), loaded.params)
-    return benchmark.Candidate(run.name, *separate, losses[-1] if losses else None)
+    separate = separate_layers(build(model), loaded.params)
+    return Candidate(run.name, *separate, losses[-1] if losses else None)
 
 
 def main() -> None:
@@ -126,20 +140,20 @@ def main() -> None:
     shape = dict(prompt_tokens=prompt, new_tokens=new)
     if sizes is None:
         limit = _memory_limit()
-        rounds = [[benchmark.largest_batch(c, limit, **shape) for c in candidates]]
+        rounds = [[largest_batch(c, limit, **shape) for c in candidates]]
     else:
         rounds = [[size] * len(candidates) for size in sizes]
     machine = measure_machine(candidates[0].model.config.compute_dtype)
     results = []
     for batch_sizes in rounds:
-        results += benchmark.measure(
+        results += measure(
             candidates, machine, batch_sizes=batch_sizes, repeats=_REPEATS.value, **shape
         )
-    print(benchmark_report.table(results, machine))
+    print(table(results, machine))
     if _JSON.value:
-        print(benchmark_report.write_json(_JSON.value, results, machine))
+        print(write_json(_JSON.value, results, machine))
     if _PLOT.value:
-        print(benchmark_report.plot(_PLOT.value, results))
+        print(plot(_PLOT.value, results))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,18 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
-from blocktx import aot, benchmark, command_line
-from blocktx.aot_report import Report, table
+from blocktx import command_line
+from blocktx.benchmark import equal_vanilla
+from blocktx.compile import (
+    Report,
+    Topology,
+    compile_decoding,
+    compile_train_step,
+    find_topology,
+    table,
+)
 from blocktx.config import RunConfig, from_config_dict
-from blocktx.run_folder import write_whole
-from blocktx.topology import Topology, find_topology
+from blocktx.files import write_whole
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A Python file whose get_config() describes the run (see configs/)."
@@ -54,8 +61,8 @@ _TARGET_CONFIG = flags.DEFINE_string(
 
 def _compile(config: RunConfig, topology: Topology) -> Report:
     if _PROGRAM.value == "train":
-        return aot.compile_train_step(config, topology)
-    return aot.compile_decoding(
+        return compile_train_step(config, topology)
+    return compile_decoding(
         config,
         topology,
         _PROGRAM.value,
@@ -76,7 +83,7 @@ def main() -> None:
     if _AGAINST.value:
         if configs[0].model.kind != "block":
             raise ValueError("--against: the model is a vanilla model itself")
-        vanilla = benchmark.equal_vanilla(configs[0].model)
+        vanilla = equal_vanilla(configs[0].model)
         configs.append(dataclasses.replace(configs[0], model=vanilla))
     reports = [_compile(config, topology) for config in configs]
     print(table(reports))

@@ -26,13 +26,12 @@ import sys
 from typing import NoReturn, get_args
 
 import blocktx.convert
-from blocktx import checkpoint, safetensors_folder
+from blocktx.checkpoint import Checkpoint, is_ours, load_params, save_params, tokenizer_file, write
 from blocktx.command_line import read_config
 from blocktx.config import DataConfig, RunConfig
-from blocktx.convert.tensors import DTYPES, check_new, open_checkpoint
-from blocktx.convert.uptrain import Method, lengthen, uptrain
+from blocktx.convert import DTYPES, Method, check_new, lengthen, open_checkpoint, uptrain
 from blocktx.cost import count_params
-from blocktx.data.tokenizer import Tokenizer
+from blocktx.data import Tokenizer
 from blocktx.model import Model, build
 
 
@@ -49,9 +48,7 @@ def _import(args: argparse.Namespace) -> None:
     model, params = load(args.checkpoint, given and given.model)
     if not (known and _fits(known, tokenizer, model, asked_for=bool(args.tokenizer))):
         tokenizer = None
-    checkpoint.save_params(
-        args.output, RunConfig(model=model.config, data=data), params, tokenizer=tokenizer
-    )
+    save_params(args.output, RunConfig(model=model.config, data=data), params, tokenizer=tokenizer)
     _report(model, args.output)
     tokens = "" if tokenizer else " --tokenizer=tokenizer.json"
     print(f"python launch/generate.py --checkpoint={args.output}{tokens} --prompt='...'")
@@ -60,7 +57,7 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     """For to-official and to-neox: a run folder or checkpoint of ours -> their files."""
     check_new(args.output)
-    run = checkpoint.load_params(args.checkpoint)
+    run = load_params(args.checkpoint)
     model = build(run.config.model)
     official = args.command == "to-official"
     convert = blocktx.convert.to_official if official else blocktx.convert.to_neox
@@ -75,10 +72,8 @@ def _export(args: argparse.Namespace) -> None:
 
 def _to_safetensors(args: argparse.Namespace) -> None:
     check_new(args.output)
-    run = checkpoint.load_params(args.checkpoint)
-    safetensors_folder.write(
-        args.output, run.params, run.config, step=run.step, tokenizer=_tokenizer_of(run)
-    )
+    run = load_params(args.checkpoint)
+    write(args.output, run.params, run.config, step=run.step, tokenizer=_tokenizer_of(run))
     _report(build(run.config.model), args.output)
     print(f"blocktx.load({args.output!r}), or safetensors alone; config.json describes the run")
 
@@ -87,7 +82,7 @@ def _uptrain(args: argparse.Namespace) -> None:
     """Of uptrain and lengthen: a run or checkpoint of ours -> one for another run to begin with."""
     check_new(args.output)
     _check_ours(args.source, "neox" if args.command == "uptrain" else "official")
-    run = checkpoint.load_params(args.source)
+    run = load_params(args.source)
     try:
         if args.command == "uptrain":
             model, params = uptrain(
@@ -103,7 +98,7 @@ def _uptrain(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(_with_flags(str(error))) from error
     tokenizer = _tokenizer_of(run)
-    checkpoint.save_params(
+    save_params(
         args.output, dataclasses.replace(run.config, model=model), params, tokenizer=tokenizer
     )
     _report(build(model), args.output)
@@ -130,15 +125,15 @@ def _check_ours(source: str, command: str) -> None:
     foreign = path.is_file() or (
         path.is_dir() and any(path.glob("*.safetensors*")) and not (path / "checkpoints").exists()
     )
-    if foreign and not safetensors_folder.is_ours(path):
+    if foreign and not is_ours(path):
         raise ValueError(
             f"--from: {source} is not a run of blocktx; bring it here first: "
             f"python launch/convert.py {command} --checkpoint={source} --output=..."
         )
 
 
-def _tokenizer_of(run: checkpoint.Checkpoint) -> pathlib.Path | None:
-    file = checkpoint.tokenizer_file(run.path)
+def _tokenizer_of(run: Checkpoint) -> pathlib.Path | None:
+    file = tokenizer_file(run.path)
     return pathlib.Path(file) if file.exists() else None
 
 

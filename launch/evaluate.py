@@ -15,15 +15,14 @@ import pathlib
 import jax
 from absl import flags
 
-from blocktx import checkpoint, command_line
+from blocktx import command_line
+from blocktx.checkpoint import load_params, load_tokenizer
 from blocktx.config import DataConfig, MeshConfig
-from blocktx.data.corpus import read_in_memory
-from blocktx.engine import load_tokenizer
-from blocktx.evaluate import Evaluation, summary, text_sums
+from blocktx.data import read_in_memory
+from blocktx.evaluate import Bin, Evaluation, plot_curve, position_curve, summary, text_sums
+from blocktx.files import write_whole
 from blocktx.model import build
-from blocktx.position_curve import Bin, plot_curve, position_curve
-from blocktx.run_folder import write_whole
-from blocktx.sharding import create_mesh
+from blocktx.parallel import create_mesh
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."
@@ -66,7 +65,7 @@ def main() -> None:
     if _BIN.value < 1:
         raise ValueError(f"--bin: got {_BIN.value} tokens, must be 1 or greater")
     mesh = create_mesh(MeshConfig())
-    loaded = checkpoint.load_params(_CHECKPOINT.value, mesh)
+    loaded = load_params(_CHECKPOINT.value, mesh)
     tokenizer = load_tokenizer(loaded)
     documents = read_in_memory(_DATA.value, _TEXT_FIELD.value, tokenizer)
     with jax.set_mesh(mesh):

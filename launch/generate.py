@@ -9,7 +9,8 @@ import jax
 from absl import flags
 
 import blocktx
-from blocktx import benchmark, command_line
+from blocktx import command_line
+from blocktx.benchmark import decode_throughput, equal_vanilla, random_model
 from blocktx.cost import count_params
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -49,8 +50,8 @@ _AGAINST = flags.DEFINE_enum(
 
 
 def _compare(engine: blocktx.Engine, prompt_tokens: int, new_tokens: int) -> None:
-    ours, theirs = engine.config.model, benchmark.equal_vanilla(engine.config.model)
-    models = [(engine.model, engine.params), benchmark.random_model(theirs)]
+    ours, theirs = engine.config.model, equal_vanilla(engine.config.model)
+    models = [(engine.model, engine.params), random_model(theirs)]
     names = [f"{c.kind} ({count_params(c).non_embedding / 1e6:.1f}M)" for c in (ours, theirs)]
     print(
         f"\nDecode throughput in tokens/s on {jax.devices()[0].device_kind}, prompt of "
@@ -59,7 +60,7 @@ def _compare(engine: blocktx.Engine, prompt_tokens: int, new_tokens: int) -> Non
         f"{'batch':>5}  {names[0]:>16}  {names[1]:>16}  {'ratio':>5}"
     )
     for batch_size in (1, 32):
-        block, vanilla = benchmark.decode_throughput(
+        block, vanilla = decode_throughput(
             models, batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens
         )
         print(f"{batch_size:>5}  {block:>16.0f}  {vanilla:>16.0f}  {block / vanilla:>5.1f}")

@@ -13,7 +13,7 @@ from absl import flags
 
 import blocktx
 from blocktx import command_line, inspect_model
-from blocktx.run_folder import write_png
+from blocktx.files import write_png
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."

@@ -11,10 +11,11 @@ import pathlib
 from absl import flags
 
 import blocktx
-from blocktx import command_line, needle
+from blocktx import command_line
 from blocktx.config import DataConfig
-from blocktx.data.corpus import read_in_memory
-from blocktx.run_folder import write_whole
+from blocktx.data import read_in_memory
+from blocktx.evaluate import DEPTHS, PROMPTS, needle_accuracy, plot_accuracy
+from blocktx.files import write_whole
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."
@@ -35,29 +36,27 @@ _JSON = flags.DEFINE_string("json", None, "A file to write the shares to.")
 def main() -> None:
     engine = blocktx.load(_CHECKPOINT.value)
     documents = read_in_memory(_HAYSTACK.value, _TEXT_FIELD.value, engine.tokenizer)
-    accuracy = needle.needle_accuracy(
+    accuracy = needle_accuracy(
         engine,
         documents.tokens[documents.tokens != engine.tokenizer.end_id].tolist(),
         count=_COUNT.value,
         batch_size=_BATCH_SIZE.value,
         seed=_SEED.value,
     )
-    print(f"{'depth':>10}" + "".join(f"{prompt:>10}" for prompt in needle.PROMPTS))
-    for depth, shares in zip(needle.DEPTHS, accuracy.T, strict=True):
+    print(f"{'depth':>10}" + "".join(f"{prompt:>10}" for prompt in PROMPTS))
+    for depth, shares in zip(DEPTHS, accuracy.T, strict=True):
         print(f"{f'{depth}%':>10}" + "".join(f"{share:>10.1%}" for share in shares))
     print(f"{'mean':>10}" + "".join(f"{share:>10.1%}" for share in accuracy.mean(1)))
     if _PLOT.value:
         title = pathlib.PurePath(_CHECKPOINT.value).name
-        plotted = needle.plot_accuracy(
-            accuracy, needle.PROMPTS, needle.DEPTHS, _PLOT.value, title=title
-        )
+        plotted = plot_accuracy(accuracy, PROMPTS, DEPTHS, _PLOT.value, title=title)
         print(f"heat map: {plotted}")
     if _JSON.value:
         found = {
             "checkpoint": _CHECKPOINT.value,
             "count": _COUNT.value,
-            "depths": needle.DEPTHS,
-            "accuracy": dict(zip(needle.PROMPTS, accuracy.tolist(), strict=True)),
+            "depths": DEPTHS,
+            "accuracy": dict(zip(PROMPTS, accuracy.tolist(), strict=True)),
         }
         write_whole(_JSON.value, json.dumps(found, indent=2) + "\n")
 

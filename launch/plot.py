@@ -6,7 +6,7 @@ python launch/plot.py --run=runs/one --run=runs/other --output=curves.png
 from absl import flags
 
 from blocktx import command_line
-from blocktx.metrics import plot_runs
+from blocktx.train import plot_runs
 
 _RUNS = flags.DEFINE_multi_string("run", None, "A run's folder; may be repeated.")
 _OUTPUT = flags.DEFINE_string("output", None, "The PNG file to write.")

@@ -17,13 +17,19 @@ import pathlib
 import jax
 from absl import flags
 
-from blocktx import command_line, cost, distributed
+from blocktx import command_line, cost
 from blocktx.config import RunConfig
-from blocktx.reproduce import runner
-from blocktx.reproduce.report import read_results, write_report, write_results
-from blocktx.reproduce.scale import SCALES, Base
-from blocktx.reproduce.studies import STUDIES
-from blocktx.reproduce.study import Study
+from blocktx.parallel import initialize
+from blocktx.reproduce import (
+    SCALES,
+    STUDIES,
+    Base,
+    Study,
+    read_results,
+    runner,
+    write_report,
+    write_results,
+)
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -91,7 +97,7 @@ def main() -> None:
         if made_with != flags_:
             raise ValueError(f"{output} has results of {made_with}, and {flags_} is asked for")
     else:
-        distributed.initialize("auto")
+        initialize("auto")
         failed = runner.run_all(chosen, seeds, _WORKDIR.value)
         if jax.process_index():
             return

@@ -19,8 +19,9 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from blocktx import command_line, distributed
+from blocktx import command_line
 from blocktx.config import from_config_dict
+from blocktx.parallel import HEARTBEAT_TIMEOUT, MODES, initialize
 from blocktx.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -42,7 +43,7 @@ _RESUME = flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint i
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
-    distributed.MODES,
+    MODES,
     "Whether other processes take part: auto asks the environment, on insists, off is alone.",
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -55,7 +56,7 @@ _INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
 )
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout",
-    distributed.HEARTBEAT_TIMEOUT,
+    HEARTBEAT_TIMEOUT,
     "Seconds without a sign of life after which a process counts as dead, and the others end.",
 )
 
@@ -73,7 +74,7 @@ def main() -> None:
     profile = _profile()
     command_line.keep_compiled(_COMPILATION_CACHE.value)
     try:
-        distributed.initialize(
+        initialize(
             _DISTRIBUTED.value,
             _COORDINATOR.value,
             _NUM_PROCESSES.value,

@@ -10,10 +10,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
-from tiny_run import run_config, write_corpus
 
-from blocktx.config import DataConfig
-from blocktx.train import train
+from blocktx.config.run import DataConfig
+from blocktx.train.loop import train
+from tests.helpers.tiny_run import run_config, write_corpus
 
 
 @pytest.fixture(scope="module", autouse=True)

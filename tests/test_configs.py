@@ -11,10 +11,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from blocktx.config import from_config_dict, to_config_dict
+from blocktx.config.model import EmbedderConfig, StackConfig
+from blocktx.config.run import from_config_dict, to_config_dict
 from blocktx.cost import count_params
-from blocktx.model import build
-from blocktx.model_config import EmbedderConfig, StackConfig
+from blocktx.model.build import build
 
 FILE = pathlib.Path(__file__).parents[1] / "configs" / "paper.py"
 

@@ -12,15 +12,18 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from blocktx import cost, loss, model, train
-from blocktx.config import LossConfig, RunConfig, TrainingConfig, from_config_dict
-from blocktx.model_config import (
+from blocktx import cost
+from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
     EncoderConfig,
     StackConfig,
     VanillaConfig,
 )
+from blocktx.config.run import LossConfig, RunConfig, TrainingConfig, from_config_dict
+from blocktx.model.build import build, init_params
+from blocktx.model.loss import position_sums
+from blocktx.train.step import create_state, train_step
 
 _FILE = pathlib.Path(__file__).parents[1] / "configs" / "paper.py"
 _SPEC = importlib.util.spec_from_file_location("paper", _FILE)
@@ -91,7 +94,7 @@ def traced_flops(function, *args) -> int:
 
 
 def abstract_params(net):
-    return jax.eval_shape(functools.partial(model.init_params, net, jax.random.key(0)))
+    return jax.eval_shape(functools.partial(init_params, net, jax.random.key(0)))
 
 
 def batch_of(config, rows: int):
@@ -101,8 +104,8 @@ def batch_of(config, rows: int):
 
 def in_the_arrays(config) -> tuple[int, int]:
     """All parameters, and those that are in no table or classifier."""
-    net = model.build(config)
-    shapes = jax.eval_shape(lambda: model.init_params(net, jax.random.key(0)))
+    net = build(config)
+    shapes = jax.eval_shape(lambda: init_params(net, jax.random.key(0)))
     total = inner = 0
     for path, leaf in jax.tree.leaves_with_path(shapes):
         total += leaf.size
@@ -144,11 +147,11 @@ def test_parameters_of_the_paper(name, millions):
 
 @every_model
 def test_flops_of_a_training_step_are_those_of_its_products(config):
-    net = model.build(config)
+    net = build(config)
     tokens, mask = batch_of(config, 3)
 
     def objective(params, tokens, mask):
-        return loss.position_sums(net, params, tokens, mask)[0].sum()
+        return position_sums(net, params, tokens, mask)[0].sum()
 
     params = abstract_params(net)
     forward = cost.forward(config, 3)
@@ -165,10 +168,10 @@ def test_flops_of_a_training_step_with_all_losses_and_microbatches(kind):
         loss=LossConfig(block_decoding=kind, auto_encoding=True),
         training=TrainingConfig(batch_size=4, microbatches=2),
     )
-    net = model.build(run.model)
+    net = build(run.model)
     tokens, mask = batch_of(run.model, 4)
-    state = jax.eval_shape(lambda: train.create_state(run, net))
-    step = functools.partial(train.train_step, config=run, model=net)
+    state = jax.eval_shape(lambda: create_state(run, net))
+    step = functools.partial(train_step, config=run, model=net)
     batch = {"tokens": tokens, "mask": mask}
     assert traced_flops(step, state, batch) == cost.train_step(run).flops
 
@@ -176,7 +179,7 @@ def test_flops_of_a_training_step_with_all_losses_and_microbatches(kind):
 @every_model
 def test_flops_of_decoding_are_those_of_its_products(config):
     config = dataclasses.replace(config, scan_layers=False)
-    net = model.build(config)
+    net = build(config)
     params = abstract_params(net)
     cache, token_cache = net.create_cache(3, 5), net.create_token_cache(3)
 
@@ -223,8 +226,8 @@ def test_generating_is_a_prefill_and_a_step_for_every_block(config):
 def test_bytes_of_a_forward_pass_are_those_of_its_products(config, monkeypatch):
     # An attention's scores would be among them: it is left out here, and counted by hand below.
     monkeypatch.setattr(cost, "_attend", lambda *args: cost.Cost())
-    net = model.build(config)
-    forward = functools.partial(loss.position_sums, net)
+    net = build(config)
+    forward = functools.partial(position_sums, net)
     jaxpr = jax.make_jaxpr(forward)(abstract_params(net), *batch_of(config, 2)).jaxpr
     linear = [product for product in products(jaxpr) if not product.batched]
     assert cost.forward(config, 2).bytes == sum(product.bytes for product in linear)
@@ -244,7 +247,7 @@ def test_bytes_of_a_decoding_step_are_weights_cache_and_what_goes_between():
 def test_bytes_of_a_cache(config):
     for dtype in ("float32", "bfloat16"):
         config = dataclasses.replace(config, compute_dtype=dtype)
-        cache = model.build(config).create_cache(2, 7)
+        cache = build(config).create_cache(2, 7)
         assert 2 * cost.cache_bytes(config, 7) == sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
@@ -262,9 +265,9 @@ def test_compiled_flops_are_within_a_tenth(name):
         model=dataclasses.replace(run.model, scan_layers=False, platform="cpu", remat="none"),
         training=dataclasses.replace(run.training, batch_size=2, microbatches=1),
     )
-    net = model.build(run.model)
+    net = build(run.model)
     tokens, mask = batch_of(run.model, 2)
-    state = jax.eval_shape(lambda: train.create_state(run, net))
-    lowered = train.train_step.lower(state, {"tokens": tokens, "mask": mask}, run, net)
+    state = jax.eval_shape(lambda: create_state(run, net))
+    lowered = train_step.lower(state, {"tokens": tokens, "mask": mask}, run, net)
     compiled = lowered.compile().cost_analysis()["flops"]
     assert compiled == pytest.approx(cost.train_step(run).flops, rel=0.1)

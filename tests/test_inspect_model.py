@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_weights import random_params
 
-from blocktx.attention import Attention
+from blocktx.config.model import BlockConfig, EmbedderConfig, StackConfig, VanillaConfig
 from blocktx.inspect_model import (
     block_attention,
     first_block_share,
@@ -19,9 +18,10 @@ from blocktx.inspect_model import (
     plot_attention,
     token_attention,
 )
-from blocktx.model import build
-from blocktx.model_config import BlockConfig, EmbedderConfig, StackConfig, VanillaConfig
-from blocktx.stack import unstack_layers
+from blocktx.model.attention import Attention
+from blocktx.model.build import build
+from blocktx.model.params import unstack_layers
+from tests.helpers.random_weights import random_params
 
 STACK = StackConfig(layers=2, width=24, heads=3, rotary_fraction=0.5)
 SMALL = StackConfig(layers=1, width=16, heads=2, rotary_fraction=0.5)

@@ -8,14 +8,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from random_weights import random_params
 
-from blocktx.checkpoint import load_params, save_params
-from blocktx.config import RunConfig
-from blocktx.model import build
-from blocktx.model_config import BlockConfig, StackConfig, VanillaConfig
+from blocktx.checkpoint.params import load_params, save_params
+from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
+from blocktx.config.run import RunConfig
+from blocktx.model.build import build
+from tests.helpers.random_weights import random_params
 
-TESTS = pathlib.Path(__file__).parent
+HELPERS = pathlib.Path(__file__).parent / "helpers"
 STACK = StackConfig(layers=2, width=32, heads=2, rotary_fraction=0.5, rotary_base=100.0)
 BLOCK = BlockConfig(
     vocab_size=50,
@@ -58,7 +58,7 @@ def runs(finished, tmp_path_factory) -> dict[str, pathlib.Path]:
         np.savez(run / "given.npz", tokens=tokens, mask=mask)
     done = subprocess.run(
         [sys.executable, "-c", ALONE, *map(str, runs.values())],
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        env=os.environ | {"PYTHONPATH": str(HELPERS)},
         capture_output=True,
         text=True,
         check=False,
@@ -80,7 +80,7 @@ def test_logits_without_blocktx(runs, name):
 
 
 def test_plain_jax_is_a_short_read():
-    text = (TESTS / "plain_jax.py").read_text()
+    text = (HELPERS / "plain_jax.py").read_text()
     assert "import blocktx" not in text
     assert "from blocktx" not in text
     assert len(text.splitlines()) < 100

@@ -9,6 +9,19 @@ numpy and safetensors only. `launch/convert.py` is the same from the command lin
 
 from blocktx.convert.neox import load_neox, to_neox
 from blocktx.convert.official import load_official, to_official
-from blocktx.convert.tensors import save_folder
+from blocktx.convert.tensors import DTYPES, check_new, open_checkpoint, save_folder
+from blocktx.convert.uptrain import Method, lengthen, uptrain
 
-__all__ = ["load_neox", "load_official", "save_folder", "to_neox", "to_official"]
+__all__ = [
+    "DTYPES",
+    "Method",
+    "check_new",
+    "lengthen",
+    "load_neox",
+    "load_official",
+    "open_checkpoint",
+    "save_folder",
+    "to_neox",
+    "to_official",
+    "uptrain",
+]

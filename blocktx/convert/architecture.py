@@ -11,10 +11,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from blocktx.model_config import EncoderConfig, FieldError, StackConfig
+from blocktx.config import EncoderConfig, FieldError, StackConfig
 
 Facts = dict[str, Any]
+
+
 Shapes = Mapping[str, tuple[int, ...]]
+
 
 # What their configurations may say otherwise, but our layers are built for.
 NEOX = {
@@ -26,6 +29,8 @@ NEOX = {
     "tie_word_embeddings": False,
     "rope_scaling": None,
 }
+
+
 ROBERTA = {
     "model_type": "roberta",
     "hidden_act": "gelu",
@@ -33,12 +38,15 @@ ROBERTA = {
     "position_embedding_type": "absolute",
 }
 
+
 _SIZES = {
     "layers": "num_hidden_layers",
     "width": "hidden_size",
     "heads": "num_attention_heads",
     "mlp_width": "intermediate_size",
 }
+
+
 _MOST_LAYERS = 1000  # more are a mistake
 
 

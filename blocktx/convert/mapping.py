@@ -12,16 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from blocktx.config import EncoderConfig, ModelConfig, StackConfig
 from blocktx.convert.tensors import DTYPES, TensorInfo
-from blocktx.model import build, init_params
-from blocktx.model_config import EncoderConfig, ModelConfig, StackConfig
-from blocktx.stack import stack_layers, unstack_layers
+from blocktx.model import build, init_params, stack_layers, unstack_layers
 
 # Buffers that some versions of transformers save. They are computed, not trained.
 _BUFFERS = re.compile(
     r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq"
     r"|embeddings\.(position_ids|token_type_ids))"
 )
+
+
 _LAYER = re.compile(r".*\blayers?[._]\d+[./]")
 
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from blocktx.config import StackConfig, VanillaConfig
 from blocktx.convert import architecture, mapping
 from blocktx.convert.architecture import Facts
 from blocktx.convert.tensors import Checkpoint, check_foreign, open_checkpoint, raise_all
-from blocktx.model import Model, build
-from blocktx.model_config import StackConfig, VanillaConfig
-from blocktx.vanilla import Vanilla
+from blocktx.model import Model, Vanilla, build
 
 
 def load_neox(

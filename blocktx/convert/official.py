@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from blocktx.config import BlockConfig, EmbedderConfig, EncoderConfig, StackConfig
 from blocktx.convert import architecture, mapping, official_config, official_json
 from blocktx.convert.architecture import Shapes
 from blocktx.convert.tensors import check_foreign, open_checkpoint, raise_all
 from blocktx.model import BlockTransformer, Model, build
-from blocktx.model_config import BlockConfig, EmbedderConfig, EncoderConfig, StackConfig
 
 # In their checkpoints and unused: the block decoder is fed with embeddings of blocks.
 _UNUSED = "block_decoder.gpt_neox.embed_in.weight"

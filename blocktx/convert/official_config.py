@@ -4,16 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from blocktx.config import BlockConfig, EmbedderConfig, EncoderConfig, FieldError, StackConfig
 from blocktx.convert import architecture, official_json
 from blocktx.convert.architecture import Facts, Shapes, prefixed, section
 from blocktx.convert.tensors import Checkpoint
-from blocktx.model_config import (
-    BlockConfig,
-    EmbedderConfig,
-    EncoderConfig,
-    FieldError,
-    StackConfig,
-)
 
 _STACKS = ("block_decoder", "token_decoder")
 

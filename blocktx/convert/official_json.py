@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from blocktx.config import BlockConfig
 from blocktx.convert import architecture
 from blocktx.convert.architecture import Facts, prefixed
-from blocktx.model_config import BlockConfig
 
 SECTIONS = ("embedder", "block_decoder", "token_decoder")
 

@@ -11,12 +11,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json")
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from blocktx.model_config import BlockConfig, EmbedderConfig, StackConfig, VanillaConfig
-from blocktx.stack import stack_layers, unstack_layers
+from blocktx.config import BlockConfig, EmbedderConfig, StackConfig, VanillaConfig
+from blocktx.model import stack_layers, unstack_layers
 
 Method = Literal["partition", "skip", "duplicate"]
 

@@ -18,6 +18,8 @@ from blocktx.data.disk_cache import cached_folder
 from blocktx.data.tokenizer import Tokenizer
 
 _FORMAT = 2  # of the cached files; a change makes old ones unknown
+
+
 _BATCH_CHARACTERS = 1 << 20  # tokenised at a time
 
 

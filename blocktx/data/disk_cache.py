@@ -12,7 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 _MANIFEST = "manifest.json"
+
+
 _UNFINISHED = ".unfinished-"
+
+
 _ABANDONED_AFTER = 24 * 3600  # seconds without a write
 
 

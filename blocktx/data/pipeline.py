@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from blocktx.config import RunConfig
+from blocktx.config import ModelConfig, RunConfig
 from blocktx.data.blocks import PackedBlocks
 from blocktx.data.corpus import Documents
-from blocktx.model_config import ModelConfig
 
 # Elements are whole batches, so grain's default buffer of 500 would be gigabytes.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)

@@ -17,11 +17,17 @@ import zstandard
 from etils import epath
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex")  # taken from folders
+
+
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+
+
 _DECOMPRESSORS = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
+
+
 _CHUNK_BYTES = 1 << 20
 
 

@@ -8,7 +8,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from blocktx.run_folder import write_whole
+from blocktx.files import write_whole
 
 
 class Tokenizer:

@@ -10,10 +10,12 @@ from typing import Any
 from etils import epath
 from matplotlib.figure import Figure
 
+from blocktx.files import write_png, write_whole
 from blocktx.reproduce.study import Chart, Found, Results, Study
-from blocktx.run_folder import write_png, write_whole
 
 RESULTS, PAGE = "results.json", "README.md"
+
+
 _COLORS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2")
 
 

@@ -10,22 +10,22 @@ from typing import Any
 import jax
 from etils import epath
 
-from blocktx import benchmark, checkpoint, metrics
-from blocktx.checkpoint_folder import has_checkpoint
+from blocktx.benchmark import decode_throughput, random_model, with_room
+from blocktx.checkpoint import has_checkpoint, load_params, save_params, tokenizer_file
 from blocktx.config import RunConfig, to_dict
-from blocktx.convert.uptrain import uptrain
+from blocktx.convert import uptrain
 from blocktx.cost import count_params
-from blocktx.data.corpus import prepare
-from blocktx.evaluate import heldout_evaluation, text_sums
+from blocktx.data import prepare
+from blocktx.evaluate import heldout_evaluation, position_curve, text_sums
+from blocktx.files import write_whole
 from blocktx.model import build
-from blocktx.position_curve import position_curve
+from blocktx.parallel import create_mesh
 from blocktx.reproduce.study import Results, Run, Speed, Study
-from blocktx.run_folder import write_whole
-from blocktx.sharding import create_mesh
-from blocktx.step import TrainState
-from blocktx.train import train
+from blocktx.train import TrainState, read, train
 
 _FAILURES = (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError)
+
+
 _REPEATS = 3  # of each measurement of speed, whose median counts
 
 
@@ -188,7 +188,7 @@ def _train(run: Run, seed: int, workdir: epath.Path) -> None:
 
 def _heldout(config: RunConfig, state: TrainState, folder: epath.Path) -> dict[str, float]:
     """The evaluation after the last step, made again if the run ended before it was written."""
-    for line in reversed(metrics.read(folder)):
+    for line in reversed(read(folder)):
         if line["step"] == config.training.steps and line.get("heldout/loss") is not None:
             return line
     mesh = create_mesh(config.mesh)
@@ -206,7 +206,7 @@ def _make_start(vanilla: epath.Path, config: RunConfig, start: epath.Path) -> No
         raise ValueError("a run that begins with another's parameters takes a single process")
     if start.exists():  # perhaps of another vanilla run
         start.rmtree()
-    saved = checkpoint.load_params(vanilla)
+    saved = load_params(vanilla)
     model, params = uptrain(
         saved.config.model,
         saved.params,
@@ -214,11 +214,11 @@ def _make_start(vanilla: epath.Path, config: RunConfig, start: epath.Path) -> No
         block_length=config.model.block_length,
         prefix_length=config.model.prefix_length,
     )
-    checkpoint.save_params(
+    save_params(
         start,
         dataclasses.replace(saved.config, model=model),
         params,
-        tokenizer=checkpoint.tokenizer_file(vanilla),
+        tokenizer=tokenizer_file(vanilla),
     )
 
 
@@ -243,8 +243,8 @@ def _measure(speed: Speed, workdir: epath.Path) -> None:
     models, begin = [], time.monotonic()
     for name, config in speed.models.items():
         tokens = speed.prompt_tokens[name] + speed.new_tokens
-        models.append(benchmark.random_model(benchmark.with_room(config, tokens, _dtype())))
-    rates = benchmark.decode_throughput(
+        models.append(random_model(with_room(config, tokens, _dtype())))
+    rates = decode_throughput(
         models,
         batch_size=speed.batch_size,
         prompt_tokens=[speed.prompt_tokens[name] for name in speed.models],

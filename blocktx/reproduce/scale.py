@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from blocktx.config import RunConfig
-from blocktx.model_config import BlockConfig, ModelConfig, StackConfig
+from blocktx.config import BlockConfig, ModelConfig, RunConfig, StackConfig
 
 
 class Scale(NamedTuple):

@@ -8,8 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from blocktx.config import RunConfig
-from blocktx.model_config import ModelConfig
+from blocktx.config import ModelConfig, RunConfig
 
 Verdict = Literal["agrees", "disagrees", "undecided"]
 

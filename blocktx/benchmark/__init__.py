@@ -1,0 +1,34 @@
+"""How fast does a model decode?
+
+measure.py  measured throughput, latency and memory
+machine.py  measured peaks of the machine
+report.py   tables and plots
+"""
+
+from blocktx.benchmark.machine import measure_machine
+from blocktx.benchmark.measure import (
+    SETTINGS,
+    Candidate,
+    decode_throughput,
+    equal_vanilla,
+    largest_batch,
+    measure,
+    random_model,
+    with_room,
+)
+from blocktx.benchmark.report import plot, table, write_json
+
+__all__ = [
+    "SETTINGS",
+    "Candidate",
+    "decode_throughput",
+    "equal_vanilla",
+    "largest_batch",
+    "measure",
+    "measure_machine",
+    "plot",
+    "random_model",
+    "table",
+    "with_room",
+    "write_json",
+]

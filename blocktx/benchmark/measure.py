@@ -1,0 +1,280 @@
+"""Measured decoding: throughput and latency of models that take turns, and the memory they need."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from blocktx import cost
+from blocktx.benchmark.machine import Machine
+from blocktx.config import BlockConfig, ModelConfig, VanillaConfig
+from blocktx.decode import Prompts, Sampling, advance, generate, place_prompts, prefill
+from blocktx.model import Model, build, init_params, separate_layers
+
+SETTINGS = {"prefill_heavy": (2048, 128), "decode_heavy": (128, 2048)}  # of the paper, section 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A model to measure, ready to decode."""
+
+    name: str
+    model: Model
+    params: dict[str, Any]
+    loss: float | None = None  # held-out, where it is known
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Of one model at one batch size; times are medians of the repeats, in seconds."""
+
+    model: str
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    tokens_per_second: float  # generated ones, prefill included
+    prefill_seconds: float
+    seconds_to_first_token: float
+    seconds: float  # for all of it
+    roofline_share: float  # of `seconds`, what the machine's own figures would allow
+    bytes_per_sample: float  # of the compiled programs, beside the parameters
+    counted_bytes_per_sample: int  # cache and logits
+    loss: float | None
+
+
+def equal_vanilla(config: BlockConfig) -> VanillaConfig:
+    """The vanilla model as wide as the block decoder whose non-embedding parameters come nearest.
+
+    Where both decoders are equally wide, its layers are theirs together (paper, table 1).
+    """
+    wanted = cost.count_params(config).non_embedding
+
+    def vanilla(layers: int) -> VanillaConfig:
+        return VanillaConfig(
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+            initializer_range=config.initializer_range,
+            param_dtype=config.param_dtype,
+            compute_dtype=config.compute_dtype,
+            platform=config.platform,
+            decoder=dataclasses.replace(config.block_decoder, layers=layers),
+        )
+
+    one, two = (cost.count_params(vanilla(layers)).non_embedding for layers in (1, 2))
+    return vanilla(max(1, round((wanted - one) / (two - one)) + 1))
+
+
+def random_model(config: ModelConfig) -> tuple[Model, dict]:
+    """A model with new weights, ready to decode: speed does not depend on what they are."""
+    model = build(config)
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    return separate_layers(model, params)
+
+
+def with_room(config: ModelConfig, tokens: int, dtype: str | None = None) -> ModelConfig:
+    """`config` for contexts of `tokens` tokens or more, in `dtype` (None: its `compute_dtype`).
+
+    Parameters are held in the dtype of the computation, as one does who only decodes.
+    """
+    length = config.block_length
+    context = max(config.context_length, -(-tokens // length) * length)
+    dtype = dtype or config.compute_dtype
+    return dataclasses.replace(
+        config, context_length=context, compute_dtype=dtype, param_dtype=dtype
+    )
+
+
+def decode_throughput(
+    models: list[tuple[Model, dict]],
+    *,
+    batch_size: int,
+    prompt_tokens: int | Sequence[int],
+    new_tokens: int,
+    repeats: int = 3,
+) -> list[float]:
+    """Generated tokens a second of each model, prefill included, all rows to their last token.
+
+    Prompts are of `prompt_tokens` tokens, or each model has its own. The models take turns, so that
+    a change in the machine's speed meets all of them alike. The first round compiles and is not
+    counted; the result is the median of the others.
+    """
+    if isinstance(prompt_tokens, int):
+        prompt_tokens = [prompt_tokens] * len(models)
+    runs = [
+        functools.partial(_generate, model, params, batch_size, prompt, new_tokens)
+        for (model, params), prompt in zip(models, prompt_tokens, strict=True)
+    ]
+    return [batch_size * new_tokens / seconds for seconds in _in_turns(runs, repeats)]
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    machine: Machine,
+    *,
+    batch_sizes: Sequence[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int = 3,
+) -> list[Result]:
+    """Every candidate at its batch size, `batch_sizes` having one a candidate.
+
+    All are greedy, and decode through the same engine to their last token; see `decode_throughput`
+    for how time is taken. Time to the first token is that of a call for one token.
+    """
+    runs = []
+    for candidate, batch_size in zip(candidates, batch_sizes, strict=True):
+        model, params = candidate.model, candidate.params
+        shape = (model, params, batch_size, prompt_tokens)
+        runs += [
+            functools.partial(_prefill_alone, *shape, new_tokens),
+            functools.partial(_generate, *shape, 1),
+            functools.partial(_generate, *shape, new_tokens),
+        ]
+    seconds = iter(_in_turns(runs, repeats, show=True))
+    results = []
+    for candidate, batch_size in zip(candidates, batch_sizes, strict=True):
+        config = candidate.model.config
+        prefill_seconds, to_first, whole = next(seconds), next(seconds), next(seconds)
+        shape = (batch_size, prompt_tokens, new_tokens)
+        results.append(
+            Result(
+                model=candidate.name,
+                batch_size=batch_size,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                tokens_per_second=batch_size * new_tokens / whole,
+                prefill_seconds=prefill_seconds,
+                seconds_to_first_token=to_first,
+                seconds=whole,
+                roofline_share=_roofline_seconds(config, machine, *shape) / whole,
+                bytes_per_sample=program_bytes(candidate, *shape) / batch_size,
+                counted_bytes_per_sample=counted_bytes(config, prompt_tokens, new_tokens),
+                loss=candidate.loss,
+            )
+        )
+    return results
+
+
+def largest_batch(
+    candidate: Candidate, limit_bytes: float, *, prompt_tokens: int, new_tokens: int
+) -> int:
+    """The largest power of two whose compiled programs and parameters fit into `limit_bytes`.
+
+    Nothing is run. Other batches are rounded up to a power of two.
+
+    Raises:
+      ValueError: not even one row fits.
+    """
+    held = _bytes(candidate.params)
+
+    def needed(batch_size: int) -> float:
+        return held + program_bytes(candidate, batch_size, prompt_tokens, new_tokens)
+
+    small = needed(1)
+    if small > limit_bytes:
+        raise ValueError(
+            f"memory_limit: {candidate.name} needs {small / 2**30:.2f} GiB for a batch of 1, and "
+            f"{limit_bytes / 2**30:.2f} GiB is given; use more, or a shorter prompt or answer"
+        )
+    # No row needs less than is counted, so that no more fit.
+    a_row = counted_bytes(candidate.model.config, prompt_tokens, new_tokens)
+    most = int(limit_bytes - held) // a_row
+    batch_size = 1 << (most.bit_length() - 1)
+    while batch_size > 1 and needed(batch_size) > limit_bytes:
+        batch_size //= 2
+    return batch_size
+
+
+def program_bytes(
+    candidate: Candidate, batch_size: int, prompt_tokens: int, new_tokens: int
+) -> int:
+    """Bytes that decoding a batch needs beside the parameters: those of its larger program."""
+    net, params = candidate.model, candidate.params
+    prompts = _place(net.config, batch_size, prompt_tokens, new_tokens)
+    state = jax.eval_shape(functools.partial(prefill, net), params, prompts)
+    sampling, number = Sampling.create(rows=len(prompts.end_B), temperature=0), np.int32(0)
+
+    def needed(program: jax.stages.Lowered, *inputs: Any) -> int:
+        memory = program.compile().memory_analysis()
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return _bytes(inputs) + outputs + memory.temp_size_in_bytes
+
+    return max(
+        needed(prefill.lower(net, params, prompts), prompts),
+        needed(advance.lower(net, params, state, sampling, number, number), state, sampling),
+    )
+
+
+def counted_bytes(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> int:
+    """Bytes of a row's cache and of the logits of the token that it is at."""
+    slots = _place(config, 1, prompt_tokens, new_tokens).slots
+    return cost.cache_bytes(config, slots) + cost.logits_bytes(config, 1)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _roofline_seconds(
+    config: ModelConfig, machine: Machine, batch_size: int, prompt_tokens: int, new_tokens: int
+) -> float:
+    prompt, new = (-(-tokens // config.block_length) for tokens in (prompt_tokens, new_tokens))
+    first = machine.seconds(cost.extend(config, batch_size, prompt, prompt))
+    return first + new * machine.seconds(cost.decode_block(config, batch_size, prompt + new))
+
+
+def _prompts(config: ModelConfig, batch_size: int, tokens: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, tokens))
+
+
+def _generate(
+    model: Model, params: dict, batch_size: int, prompt_tokens: int, new_tokens: int
+) -> None:
+    tokens_BxT = _prompts(model.config, batch_size, prompt_tokens)
+    generate(
+        model,
+        params,
+        tokens_BxT,
+        np.ones_like(tokens_BxT),
+        max_new_tokens=new_tokens,
+        temperature=0,
+    )
+
+
+def _prefill_alone(
+    model: Model, params: dict, batch_size: int, prompt_tokens: int, new_tokens: int
+) -> None:
+    prompts = _place(model.config, batch_size, prompt_tokens, new_tokens)
+    jax.block_until_ready(prefill(model, params, prompts))
+
+
+def _place(config: ModelConfig, batch_size: int, prompt_tokens: int, new_tokens: int) -> Prompts:
+    tokens_BxT = _prompts(config, batch_size, prompt_tokens)
+    return place_prompts(
+        tokens_BxT,
+        np.ones_like(tokens_BxT),
+        config,
+        max_new_tokens=new_tokens,
+        placement="pad",
+        pad_id=config.pad_id,
+    )
+
+
+def _in_turns(runs: Sequence[Callable[[], None]], repeats: int, show: bool = False) -> list[float]:
+    """Median seconds of each run, all of them by turns, after a first round that compiles."""
+    seconds = [[] for _ in runs]
+    bar = tqdm(total=(repeats + 1) * len(runs), unit=" runs", disable=None if show else True)
+    with bar:
+        for _ in range(repeats + 1):
+            for run, measured in zip(runs, seconds, strict=True):
+                begin = time.perf_counter()
+                run()
+                measured.append(time.perf_counter() - begin)
+                bar.update()
+    return [statistics.median(measured[1:]) for measured in seconds]

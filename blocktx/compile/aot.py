@@ -1,0 +1,301 @@
+"""Compiles the programs of a run for chips that are not there, and says what they will cost."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from blocktx import cost
+from blocktx.compile.hlo import Computation, Program
+from blocktx.compile.hlo_collectives import collectives
+from blocktx.compile.hlo_cost import cycles, flops, hbm_bytes
+from blocktx.compile.report import GIB, Report
+from blocktx.compile.topology import Topology
+from blocktx.config import MeshConfig, ModelConfig, RunConfig
+from blocktx.decode import Prompts, Sampling, advance, prefill
+from blocktx.model import abstract_params, build
+from blocktx.parallel import batch_parts, batch_sharding, check_model_fits, create_mesh, replicated
+from blocktx.train import abstract_batch, abstract_state, check_run, train_step
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+_SIZE = r"([\d.]+)([KMGT]?)"
+
+
+_OPTIONS = {
+    "tpu": {},
+    # Without a GPU to try its own tilings on, XLA finds none for some shapes; so cuBLAS.
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
+
+
+class DoesNotFit(ValueError):
+    """The program needs more memory than a chip has; the message says how much, and what helps."""
+
+
+def compile_train_step(config: RunConfig, topology: Topology) -> Report:
+    """The training step of `config` on all chips of `topology`.
+
+    Raises:
+      DoesNotFit: the compiler says so, or the bytes do.
+      ValueError: mesh, batch or model do not fit the topology.
+    """
+    config = _on(topology, config)
+    mesh = create_mesh(config.mesh, topology.devices)
+    check_run(config, mesh)
+    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    rows = config.training.batch_size
+    if len({device.process_index for device in topology.devices}) > 1:
+        batch["stop"] = jax.ShapeDtypeStruct((rows,), jnp.bool, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        lowered = train_step.lower(state, batch, config, build(config.model))
+    compilation = _Compilation(
+        program="train",
+        model=config.model,
+        topology=topology,
+        mesh=mesh,
+        arguments={
+            "parameters": state.params,
+            "optimizer": (state.opt_state, state.step),
+            "batch": batch,
+        },
+        batch_size=rows,
+        tokens=rows * config.model.context_length,
+        advice=lambda kinds, limit: _training_advice(kinds, limit, config, mesh),
+    )
+    products = cost.train_step(config).flops / mesh.size
+    return compilation.report(lowered, products, roofline=products / topology.chip.flops)
+
+
+def compile_decoding(
+    config: RunConfig,
+    topology: Topology,
+    program: Literal["prefill", "decode"],
+    *,
+    batch_size: int,
+    context: int,
+) -> Report:
+    """Decoding with the model of `config`, in a cache for `context` tokens: the prompt or a block.
+
+    Rows are spread over all chips but those of `config.mesh.tensor`, and each of these groups has
+    the whole model: `config.mesh.fsdp`, which would gather it for every token, counts as `data`.
+
+    Raises:
+      DoesNotFit: the compiler says so, or the bytes do.
+      ValueError: mesh, batch, context or model do not fit.
+    """
+    config = _on(topology, config)
+    model = dataclasses.replace(config.model, scan_layers=False, remat="none")
+    mesh = create_mesh(MeshConfig(data=-1, fsdp=1, tensor=config.mesh.tensor), topology.devices)
+    check_model_fits(model, mesh)
+    parts = batch_parts(mesh)
+    if batch_size < 1 or batch_size % parts:
+        more = max(1, -(-batch_size // parts)) * parts
+        raise ValueError(f"batch_size: {batch_size} rows do not go to {parts} chips; use {more}")
+    if context % model.block_length or not 0 < context <= model.context_length:
+        raise ValueError(
+            f"context: got {context} tokens; use whole blocks of {model.block_length}, at most "
+            f"config.model.context_length {model.context_length}"
+        )
+    slots = context // model.block_length
+    net, by_row = build(model), functools.partial(_placed, sharding=batch_sharding(mesh))
+    params, prompts = abstract_params(model, mesh), _prompts(model, batch_size, slots)
+    if program == "prefill":
+        arguments = {"parameters": params, "prompts": by_row(prompts)}
+        with jax.set_mesh(mesh):
+            lowered = prefill.lower(net, *arguments.values())
+        work = cost.extend(model, batch_size // parts, slots, slots)
+    else:
+        state = by_row(jax.eval_shape(functools.partial(prefill, net), params, prompts))
+        choice = Sampling.create(rows=batch_size)
+        sampling, number = _placed((choice, jnp.int32(0)), replicated(mesh))
+        sampling = sampling.replace(seed_Bx2=by_row(choice.seed_Bx2))
+        arguments = {
+            "parameters": params,
+            "cache": state.cache,
+            "state": (state.replace(cache=()), sampling),
+        }
+        with jax.set_mesh(mesh):
+            lowered = advance.lower(net, params, state, sampling, number, number)
+        work = cost.decode_block(model, batch_size // parts, slots)
+    compilation = _Compilation(
+        program=program,
+        model=model,
+        topology=topology,
+        mesh=mesh,
+        arguments=arguments,
+        batch_size=batch_size,
+        tokens=batch_size * (context if program == "prefill" else model.block_length),
+        advice=lambda kinds, limit: _decoding_advice(model, batch_size, parts, context),
+    )
+    tensor = mesh.shape["tensor"]
+    least = topology.chip.seconds(flops=work.flops / tensor, hbm=work.bytes / tensor)
+    return compilation.report(lowered, work.flops / tensor, roofline=max(least.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compilation:
+    """What is known of a program before it is compiled."""
+
+    program: str
+    model: ModelConfig
+    topology: Topology
+    mesh: Mesh
+    arguments: dict[str, Any]  # trees of ShapeDtypeStructs, by kind
+    batch_size: int
+    tokens: int
+    advice: Callable[[dict[str, float], float], str]  # for these kinds of memory, and a limit
+
+    def report(self, lowered: jax.stages.Lowered, products: float, roofline: float) -> Report:
+        chip, begin = self.topology.chip, time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            options = _OPTIONS[self.topology.platform] | {
+                "xla_dump_to": folder,
+                "xla_dump_hlo_as_text": True,
+            }
+            try:
+                compiled = lowered.compile(compiler_options=options)
+            except jax.errors.JaxRuntimeError as error:
+                raise self._out_of_memory(error) or error from error
+            seconds = time.perf_counter() - begin
+            program = Program(_text(compiled, pathlib.Path(folder)))
+        within = _part(program, self.program)
+        found = collectives(program, within)
+        accessed = hbm_bytes(program, within)
+        estimated_cycles = cycles(program, chip, within)
+        report = Report(
+            program=self.program,
+            model=self.model.kind,
+            topology=self.topology.name,
+            mesh=dict(self.mesh.shape),
+            batch_size=self.batch_size,
+            parameters=cost.count_params(self.model).total,
+            tokens=self.tokens,
+            memory=self._memory(compiled),
+            hbm_bytes=chip.hbm_bytes,
+            products=products,
+            flops=flops(program, within),
+            bytes_accessed=accessed,
+            collectives=found,
+            seconds=chip.seconds(flops=products, hbm=accessed, sent=sum(c.sent for c in found)),
+            roofline=roofline,
+            cycle_seconds=None if estimated_cycles is None else estimated_cycles / chip.clock,
+            compile_seconds=seconds,
+        )
+        if report.memory_total > chip.hbm_bytes:  # the compiler for GPUs does not look
+            raise self._does_not_fit(report.memory_total, chip.hbm_bytes, report.memory)
+        return report
+
+    def _memory(self, compiled: jax.stages.Compiled) -> dict[str, int]:
+        analysis = compiled.memory_analysis()
+        kinds = {name: _bytes_on_a_chip(tree) for name, tree in self.arguments.items()}
+        return {
+            **kinds,
+            "padding": max(0, analysis.argument_size_in_bytes - sum(kinds.values())),
+            "temporaries": analysis.temp_size_in_bytes,
+            "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+            "code": analysis.generated_code_size_in_bytes,
+        }
+
+    def _out_of_memory(self, error: Exception) -> DoesNotFit | None:
+        # Said before memory is laid out and after, by the compiler for TPUs.
+        found = re.search(
+            rf"required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
+            str(error),
+        ) or re.search(rf"Used {_SIZE} of {_SIZE} hbm", str(error))
+        if found is None:
+            return None
+        need, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+        kinds = {name: _bytes_on_a_chip(tree) for name, tree in self.arguments.items()}
+        return self._does_not_fit(need, limit, kinds | {"the rest": need - sum(kinds.values())})
+
+    def _does_not_fit(self, need: float, limit: float, kinds: dict[str, float]) -> DoesNotFit:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in kinds.items())
+        return DoesNotFit(
+            f"the {self.program} program does not fit: a chip of {self.topology.name} needs "
+            f"{need / GIB:.2f} GiB ({parts}) and has {limit / GIB:.2f}, "
+            f"{(need - limit) / GIB:.2f} too few; what helps: {self.advice(kinds, limit)}"
+        )
+
+
+def _on(topology: Topology, config: RunConfig) -> RunConfig:
+    model = dataclasses.replace(config.model, platform=topology.platform)
+    return dataclasses.replace(config, model=model)
+
+
+def _prompts(config: ModelConfig, rows: int, slots: int) -> Prompts:
+    """Prompts that fill their cache."""
+    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((rows, slots, config.block_length), jnp.int32)
+    return Prompts(tokens, numbers, numbers, numbers, numbers, slots=slots)
+
+
+def _placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
+    """`tree` as ShapeDtypeStructs that lie so; what has no rows, as a count, on every device."""
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        where = sharding if x.ndim else replicated(sharding.mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(place, tree)
+
+
+def _part(program: Program, name: str) -> Computation | None:
+    """Of a program that generates: the loop's body, whose iterations are counted as they come."""
+    return program.open_loops()[0][1] if name == "decode" else None
+
+
+def _text(compiled: jax.stages.Compiled, dumped: pathlib.Path) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # jaxlib cannot read all that libtpu writes (v5p does so)
+        (file,) = dumped.glob("*.after_optimizations.txt")
+        return file.read_text()
+
+
+def _bytes_on_a_chip(tree: Any) -> int:
+    def size(x: jax.ShapeDtypeStruct) -> int:
+        part = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+        return part.size * part.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def _training_advice(kinds: dict[str, float], limit: float, config: RunConfig, mesh: Mesh) -> str:
+    """Knobs for what takes the most memory, as flags."""
+    state = kinds["parameters"] + kinds["optimizer"]
+    others = sum(kinds.values()) - state
+    parts = config.training.microbatches
+    rows = config.training.batch_size // batch_parts(mesh) // parts
+    enough = [n for n in range(2, rows + 1) if rows % n == 0 and state + others / n < 0.9 * limit]
+    knobs = []
+    if enough:
+        knobs.append(f"--config.training.microbatches={parts * enough[0]}")
+    elif rows > 1:
+        knobs.append(f"--config.training.microbatches={parts * rows}, and what follows here")
+    if config.model.remat != "full":
+        knobs.append("--config.model.remat=full")
+    if mesh.shape["data"] > 1:
+        knobs.append("--config.mesh.data=1 --config.mesh.fsdp=-1")
+    if not enough:
+        knobs.append(f"--config.mesh.tensor={2 * mesh.shape['tensor']}")
+        knobs.append("a topology of more chips")
+    return ", or ".join(knobs)
+
+
+def _decoding_advice(model: ModelConfig, batch_size: int, parts: int, context: int) -> str:
+    knobs = []
+    if batch_size > parts:
+        knobs.append(f"--batch_size={max(parts, batch_size // 2 // parts * parts)}")
+    if model.param_dtype == "float32":
+        knobs.append("--config.model.param_dtype=bfloat16")
+    return ", or ".join([*knobs, f"--context below {context}", "--config.mesh.tensor=2"])

@@ -1,0 +1,8 @@
+"""Run the harness's command line with the model `blocktx` registered."""
+
+from lm_eval.__main__ import cli_evaluate
+
+import blocktx.lm_eval  # noqa: F401  registers the model
+
+if __name__ == "__main__":
+    cli_evaluate()

@@ -1,0 +1,43 @@
+"""What does the model compute, and from which parameters?
+
+layers.py             norm, projections, embedding and MLP of a layer
+cache.py              the fixed-shape KV cache
+attention.py          self-attention and cached attention of a layer
+stack.py              a stack of layers
+embedder.py           tokens of a block to block embeddings
+block_decoder.py      causal attention over blocks
+token_decoder.py      the tokens of one block
+block_transformer.py  the three parts as one model; legend of shapes
+vanilla.py            the vanilla transformer baseline
+build.py              models and parameters from a configuration
+params.py             stacked and unstacked parameters
+loss.py               masked next-token loss by position in the block
+"""
+
+from blocktx.model.attention import Attention
+from blocktx.model.block_transformer import BlockTransformer
+from blocktx.model.build import Model, abstract_params, build, init_params
+from blocktx.model.cache import CACHE_AXES, Cache
+from blocktx.model.loss import nats, next_logits, position_sums, scored, token_nats
+from blocktx.model.params import separate_layers, stack_layers, unstack_layers
+from blocktx.model.vanilla import Vanilla
+
+__all__ = [
+    "CACHE_AXES",
+    "Attention",
+    "BlockTransformer",
+    "Cache",
+    "Model",
+    "Vanilla",
+    "abstract_params",
+    "build",
+    "init_params",
+    "nats",
+    "next_logits",
+    "position_sums",
+    "scored",
+    "separate_layers",
+    "stack_layers",
+    "token_nats",
+    "unstack_layers",
+]

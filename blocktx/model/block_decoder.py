@@ -1,0 +1,72 @@
+"""The block decoder: a causal transformer over the block embeddings of one sequence."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blocktx.config import ModelConfig, StackConfig
+from blocktx.model.cache import Cache, causal_mask
+from blocktx.model.stack import Stack
+
+# Of `BlockDecoder.extend` over a batch: all rows are written at the same slot.
+EXTEND_AXES = (0, 0, 0, None, 0)
+
+
+class BlockDecoder(nn.Module):
+    """Causal over blocks, each of n embeddings, which see each other (appendix B.2).
+
+    The vanilla model is the same over blocks of one token.
+    """
+
+    config: ModelConfig
+    stack_config: StackConfig
+
+    def setup(self):
+        self.stack = Stack(self.config, self.stack_config)
+
+    def __call__(self, embeddings_NxnxD: jax.Array, real_N: jax.Array) -> jax.Array:
+        """Context embeddings `[N, n * D]` of a whole sequence; entry i is all of block i+1's past.
+
+        `real_N` is False for blocks of nothing but padding, which no other block sees.
+        """
+        blocks, group, width = embeddings_NxnxD.shape
+        position_T = jnp.arange(blocks * group)
+        mask_TxT = jnp.repeat(real_N, group) & causal_mask(position_T, position_T.size, group)
+        # Padding with nothing real before it sees itself: a query without a key would see them all.
+        alone_Tx1 = ~mask_TxT.any(-1, keepdims=True)
+        mask_TxT |= alone_Tx1 & jnp.eye(position_T.size, dtype=bool)
+        x_TxD = embeddings_NxnxD.reshape(-1, width)
+        return self.stack(x_TxD, position_T, mask_TxT)[0].reshape(blocks, -1)
+
+    def extend(
+        self,
+        embeddings_NxnxD: jax.Array,
+        start: jax.Array | int,
+        cache: Cache,
+        slot: jax.Array | int,
+        seen_S: jax.Array | None,
+    ) -> tuple[jax.Array, Cache]:
+        """Context embeddings `[N, n * D]` of N more blocks, and the cache with them in it.
+
+        Args:
+          embeddings_NxnxD: inputs.
+          start: the position of the first, in blocks.
+          cache: n slots a block; the new ones are written to those of blocks `slot` on.
+          seen_S: bool, a block's slots as one; the written slots that the new blocks see, beside
+            each other in causal order. None: no other, so that the cache need not be read.
+        """
+        blocks, group, width = embeddings_NxnxD.shape
+        order_T = jnp.arange(blocks * group)
+        mask_TxS = causal_mask(order_T, order_T.size, group)
+        if seen_S is not None:
+            slots = seen_S.size * group
+            seen_TxS = jnp.broadcast_to(jnp.repeat(seen_S, group), (order_T.size, slots))
+            mask_TxS = jax.lax.dynamic_update_slice(seen_TxS, mask_TxS, (0, slot * group))
+        x_TxD, cache = self.stack(
+            embeddings_NxnxD.reshape(-1, width),
+            start * group + order_T,
+            mask_TxS,
+            cache=cache,
+            slot=slot * group,
+        )
+        return x_TxD.reshape(blocks, -1), cache

@@ -1,0 +1,57 @@
+"""Parameters stacked over layers, or one subtree a layer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from blocktx.model.build import Model
+
+
+def separate_layers(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
+    """The same model as decoding takes it: one subtree of parameters a layer, in compute dtype.
+
+    A loop would read wider ones at every step, or XLA hold both. Norms, which are computed in
+    float32, keep theirs as they are.
+    """
+    dtype = model.config.compute_dtype
+    config = dataclasses.replace(model.config, scan_layers=False, param_dtype=dtype)
+
+    def cast(tree: dict[str, Any] | jax.Array) -> dict[str, Any] | jax.Array:
+        if not isinstance(tree, dict):
+            return tree.astype(dtype)
+        return tree if "scale" in tree else {name: cast(below) for name, below in tree.items()}
+
+    return model.clone(config=config), cast(unstack_layers(params))
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a model with `scan_layers` -> those of the same model without.
+
+    Every subtree `layers`, whose leaves have a leading layer axis, becomes `layers_0`, `layers_1`,
+    ... Take them apart once, before decoding: a loop that slices them off stacked arrays copies
+    every weight at every step.
+    """
+    out = {}
+    for name, value in params.items():
+        if name == "layers":
+            count = jax.tree.leaves(value)[0].shape[0]
+            for i in range(count):
+                out[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
+        else:
+            out[name] = unstack_layers(value) if isinstance(value, dict) else value
+    return out
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`."""
+    out = {
+        name: stack_layers(value) if isinstance(value, dict) else value
+        for name, value in params.items()
+        if not name.startswith("layers_")
+    }
+    layers = [params[f"layers_{i}"] for i in range(len(params)) if f"layers_{i}" in params]
+    if layers:
+        out["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return out

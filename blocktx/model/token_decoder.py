@@ -1,0 +1,111 @@
+"""The token decoder: a causal transformer over the tokens of one block, given its context."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from blocktx.config import BlockConfig
+from blocktx.model.cache import Cache, causal_mask
+from blocktx.model.layers import classifier, embedding, linear
+from blocktx.model.stack import Stack
+from blocktx.parallel import constrain
+
+
+@flax.struct.dataclass
+class TokenCache:
+    """What the token decoder keeps of a block until the block is written."""
+
+    layers: Cache
+    condition_KxE: jax.Array | None  # the context, one vector a token; None for a prefix
+
+
+class TokenDecoder(nn.Module):
+    """Tokens of a block from its context embedding, conditioned in one of three ways (section 2).
+
+    prefix: the context becomes P embeddings before the tokens; the last of them predicts token 0.
+    summation: it becomes K embeddings, added to those of `[BOS, token_0 .. token_K-2]`.
+    cross_attention: it becomes K embeddings, which those positions attend to.
+    """
+
+    config: BlockConfig
+
+    def setup(self):
+        config = self.config
+        self.embed = embedding(config, config.token_decoder.width, name="embed")
+        self.stack = Stack(config, config.token_decoder, window=True)
+        self.classifier = classifier(config, name="classifier")
+        # P or K vectors out of one context, by one linear map.
+        count = config.prefix_length if self._has_prefix else config.block_length
+        self.expansion = linear(
+            config,
+            (count, config.token_decoder.width),
+            name="expansion",
+            axes=("width", "positions", "width"),
+        )
+
+    @property
+    def _has_prefix(self) -> bool:
+        return self.config.conditioning == "prefix"
+
+    def __call__(self, context_D: jax.Array, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
+        """Logits `[K, V]` of a block's tokens, each from the context and the tokens before it."""
+        logits_KxV = self.classifier(self.hidden(context_D, tokens_K, mask_K))
+        return constrain(logits_KxV, None, "vocab")
+
+    def hidden(self, context_D: jax.Array, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
+        """What the classifier makes the logits of `__call__` from: float32 `[K, E]`."""
+        first_PxE, condition_KxE = self._begin(context_D)
+        x_TxE = jnp.concatenate([first_PxE, self.embed(tokens_K[:-1])])
+        first = first_PxE.shape[0]
+        position_T = jnp.arange(x_TxE.shape[0])
+        real_T = jnp.concatenate([jnp.ones(first, bool), mask_K[:-1]])
+        mask_TxT = real_T & causal_mask(position_T, position_T.size)
+        hidden_TxE, _ = self._run(x_TxE, position_T, mask_TxT, condition_KxE, None)
+        return hidden_TxE[first - 1 :]
+
+    def start(self, context_D: jax.Array, cache: Cache) -> tuple[jax.Array, TokenCache]:
+        """Logits `[V]` of a block's first token, and a cache that knows the context."""
+        first_PxE, condition_KxE = self._begin(context_D)
+        return self._extend(first_PxE, 0, TokenCache(cache, condition_KxE))
+
+    def step(
+        self, token: jax.Array, index: jax.Array, cache: TokenCache
+    ) -> tuple[jax.Array, TokenCache]:
+        """Logits `[V]` of token `index + 1` from `token`, which is token `index` of its block."""
+        before = self.config.prefix_length if self._has_prefix else 1
+        return self._extend(self.embed(token)[None], before + index, cache)
+
+    def _begin(self, context_D: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """What stands before the tokens, and what conditions them."""
+        if self._has_prefix:
+            return self.expansion(context_D), None
+        return self.embed(jnp.array([self.config.bos_id])), self.expansion(context_D)
+
+    def _extend(
+        self, x_TxE: jax.Array, start: jax.Array | int, cache: TokenCache
+    ) -> tuple[jax.Array, TokenCache]:
+        position_T = start + jnp.arange(x_TxE.shape[0])
+        mask_TxS = causal_mask(position_T, cache.layers[0].k_SxD.shape[0])
+        hidden_TxE, layers = self._run(
+            x_TxE, position_T, mask_TxS, cache.condition_KxE, cache.layers, start
+        )
+        return self.classifier(hidden_TxE[-1]), cache.replace(layers=layers)
+
+    def _run(
+        self,
+        x_TxE: jax.Array,
+        position_T: jax.Array,
+        mask_TxS: jax.Array,
+        condition_KxE: jax.Array | None,
+        cache: Cache | None,
+        slot: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        memory_KxE = None
+        if self.config.conditioning == "summation":
+            x_TxE += condition_KxE[position_T]
+        elif self.config.conditioning == "cross_attention":
+            memory_KxE = condition_KxE
+        return self.stack(
+            x_TxE, position_T, mask_TxS, memory_MxD=memory_KxE, cache=cache, slot=slot
+        )

@@ -1,0 +1,63 @@
+"""The decoder-only baseline: one stack over tokens.
+
+It decodes through the same methods as `BlockTransformer`, as a model whose blocks are one
+token long and whose context embedding only has to be classified.
+"""
+
+import flax.linen as nn
+import jax
+
+from blocktx.config import VanillaConfig
+from blocktx.model.block_decoder import EXTEND_AXES, BlockDecoder
+from blocktx.model.cache import Cache, create_cache
+from blocktx.model.layers import classifier, embedding, over_batch
+from blocktx.parallel import constrain
+
+
+class Vanilla(nn.Module):
+    """GPT-NeoX. The methods after `__call__` are those of `BlockTransformer`, with K = 1."""
+
+    config: VanillaConfig
+
+    def setup(self):
+        self.embed = embedding(self.config, self.config.decoder.width, name="embed")
+        self.decoder = BlockDecoder(self.config, self.config.decoder)
+        self.classifier = classifier(self.config, name="classifier")
+
+    def __call__(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """Float32 logits `[B, T, V]`; entry t predicts token t+1 from tokens 0..t.
+
+        `mask_BxT` is 1 for real tokens; padding is seen by no other token.
+        """
+        logits_BxTxV = self.classifier(self.hidden(tokens_BxT, mask_BxT))
+        return constrain(logits_BxTxV, "batch", "positions", "vocab")
+
+    def hidden(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """What the classifier makes the logits of `__call__` from: float32 `[B, T, D]`."""
+        return over_batch(BlockDecoder.__call__)(
+            self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
+        )
+
+    def create_cache(self, batch: int, slots: int) -> Cache:
+        return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
+
+    def extend(
+        self,
+        tokens_BxNxK: jax.Array,
+        mask_BxNxK: jax.Array,
+        start_B: jax.Array,
+        cache: Cache,
+        slot: jax.Array | int,
+        seen_BxS: jax.Array | None,
+    ) -> tuple[jax.Array, Cache]:
+        del mask_BxNxK  # a token of padding is never in `seen_BxS`
+        return over_batch(BlockDecoder.extend, EXTEND_AXES)(
+            self.decoder, self.embed(tokens_BxNxK), start_B, cache, slot, seen_BxS
+        )
+
+    def create_token_cache(self, batch: int) -> Cache:
+        del batch
+        return ()
+
+    def start_block(self, context_BxD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        return self.classifier(context_BxD), cache

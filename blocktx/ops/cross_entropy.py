@@ -1,0 +1,106 @@
+"""Next-token loss over a large vocabulary, with its gradient formed where the logits are.
+
+Differentiating logits and softmax keeps float32 logits `[tokens, V]` for the backward pass, reads
+them there twice more, and takes the exponential of each three times. Here a slice of the tokens at
+a time has logits; powers of them, rounded to the compute dtype as any factor of a matrix product
+is, give both gradients and (as a product with ones, which costs the matrix unit less than a
+reduction costs the others) their own sum. Only the gradients outlive the slice.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from blocktx.parallel import batch_parts, constrain
+
+_TOKENS = 16_384  # in a slice, on each device
+
+
+_ROWS = 8
+
+
+@jax.custom_vjp
+def sum_of_nats(
+    hidden_BxMxKxE: jax.Array,
+    kernel_ExV: jax.Array,
+    labels_BxMxK: jax.Array,
+    scored_BxMxK: jax.Array,
+) -> jax.Array:
+    """Float32 sum of the cross-entropies of the scored tokens, whose logits are hidden @ kernel."""
+    return _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK)[0]
+
+
+def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK):
+    rows, blocks, positions, width = hidden_BxMxKxE.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    rows_here = rows if mesh.empty else max(rows // batch_parts(mesh), 1)
+    size = max(_TOKENS // (rows_here * positions), 1)
+    # One conversion and transposition for all slices; where it is cut along the mesh, put together,
+    # else activations go to its parts.
+    kernel_VxE = constrain(kernel_ExV.astype(hidden_BxMxKxE.dtype).T, "vocab", "features")
+    kernel_VxE = jax.lax.optimization_barrier(kernel_VxE)
+    nats, dkernel_ExV, dhidden = jnp.float32(0), jnp.zeros(kernel_ExV.shape, jnp.float32), []
+
+    def tokens(x_BxMxKx: jax.Array, begin: int) -> jax.Array:
+        # By position, as they lie in memory; never across the batch, which devices share.
+        x_BxMxKx = x_BxMxKx[:, begin : begin + size].swapaxes(1, 2)
+        return x_BxMxKx.reshape(rows, -1, *x_BxMxKx.shape[3:])
+
+    for begin in range(0, blocks, size):
+        part_nats, dx_BxTxE, part_dkernel_ExV = _slice(
+            tokens(hidden_BxMxKxE, begin),
+            kernel_VxE,
+            tokens(labels_BxMxK, begin),
+            tokens(scored_BxMxK, begin),
+        )
+        nats += part_nats
+        dkernel_ExV += part_dkernel_ExV
+        dhidden.append(dx_BxTxE.reshape(rows, positions, -1, width).swapaxes(1, 2))
+    return nats, (jnp.concatenate(dhidden, axis=1), dkernel_ExV.astype(kernel_ExV.dtype))
+
+
+def _slice(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
+    """Nats of some tokens, the gradient by their `x_BxMxE`, and that by the kernel `[E, V]`."""
+    dtype, (vocabulary, width) = x_BxMxE.dtype, kernel_VxE.shape
+    logits_BxMxV = jnp.einsum(
+        "bme,ve->bmv", x_BxMxE, kernel_VxE, preferred_element_type=jnp.float32
+    )
+    most_BxMx1 = logits_BxMxV.max(-1, keepdims=True)
+    logits_BxMxV, most_BxMx1 = jax.lax.optimization_barrier((logits_BxMxV, most_BxMx1))
+    powers_BxMxV = jnp.exp(logits_BxMxV - most_BxMx1).astype(dtype)
+
+    # The kernel on the left, where the matrix unit takes 8 rows more, on the right 128.
+    ones = jnp.ones((vocabulary, _ROWS), dtype)
+    sums = jnp.einsum(
+        "ve,bmv->ebm",
+        jnp.concatenate([kernel_VxE, ones], axis=1),
+        powers_BxMxV,
+        preferred_element_type=jnp.float32,
+    ).transpose(1, 2, 0)
+    total_BxMx1 = sums[..., width : width + 1]
+    # Else XLA converts it once, into twice the bytes, for what reads it twice.
+    label_BxMxE = jax.lax.optimization_barrier(kernel_VxE[labels_BxM])
+    label_logit_BxM = (x_BxMxE.astype(jnp.float32) * label_BxMxE).sum(-1)
+    nats_BxM = jnp.log(total_BxMx1[..., 0]) + most_BxMx1[..., 0] - label_logit_BxM
+
+    scored_BxMx1 = scored_BxM[..., None].astype(jnp.float32)
+    share_BxMx1 = scored_BxMx1 / total_BxMx1
+    dx_BxMxE = sums[..., :width] * share_BxMx1 - label_BxMxE * scored_BxMx1
+    is_label_BxMxV = jnp.arange(vocabulary) == labels_BxM[..., None]
+    less_label_BxMxV = jnp.where(
+        is_label_BxMxV, (powers_BxMxV - total_BxMx1).astype(dtype), powers_BxMxV
+    )
+    dkernel_ExV = jnp.einsum(
+        "bme,bmv->ev",
+        (x_BxMxE * share_BxMx1).astype(dtype),
+        less_label_BxMxV,
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.where(scored_BxM, nats_BxM, 0).sum(), dx_BxMxE.astype(dtype), dkernel_ExV
+
+
+def _backward(gradients, g):
+    dhidden, dkernel = gradients
+    return (dhidden * g).astype(dhidden.dtype), (dkernel * g).astype(dkernel.dtype), None, None
+
+
+sum_of_nats.defvjp(_with_gradients, _backward)

@@ -1,0 +1,45 @@
+"""How do devices and processes share the work?
+
+sharding.py     the device mesh and the logical-axis rules
+distributed.py  multi-process initialization and exit
+google_vm.py    queries to the Google Cloud VM metadata server
+host_rows.py    the rows of a batch that a process reads
+"""
+
+from blocktx.parallel.distributed import HEARTBEAT_TIMEOUT, MODES, end_with, initialize
+from blocktx.parallel.google_vm import is_google_vm, metadata
+from blocktx.parallel.host_rows import HostRows
+from blocktx.parallel.sharding import (
+    BATCH_AXES,
+    MESH_AXES,
+    axis_parts,
+    batch_parts,
+    batch_sharding,
+    check_model_fits,
+    constrain,
+    create_mesh,
+    named,
+    replicated,
+    shardings,
+)
+
+__all__ = [
+    "BATCH_AXES",
+    "HEARTBEAT_TIMEOUT",
+    "MESH_AXES",
+    "MODES",
+    "HostRows",
+    "axis_parts",
+    "batch_parts",
+    "batch_sharding",
+    "check_model_fits",
+    "constrain",
+    "create_mesh",
+    "end_with",
+    "initialize",
+    "is_google_vm",
+    "metadata",
+    "named",
+    "replicated",
+    "shardings",
+]

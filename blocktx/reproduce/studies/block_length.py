@@ -1,0 +1,96 @@
+"""Finding 3: loss and throughput by block length."""
+
+import dataclasses
+import itertools
+import statistics
+
+import numpy as np
+
+from blocktx.config import BlockConfig
+from blocktx.reproduce.scale import Base
+from blocktx.reproduce.studies import common
+from blocktx.reproduce.study import Chart, Found, Results, Series, Study, holds, lower, spread
+
+_LENGTHS = (1, 2, 4, 8)  # tokens in a block
+
+
+def study(base: Base) -> Study:
+    runs = {length: common.of_length(base, length) for length in _LENGTHS}
+
+    def fast(length: int) -> BlockConfig:
+        prefix = min(length, base.fast_block.prefix_length)
+        return dataclasses.replace(base.fast_block, block_length=length, prefix_length=prefix)
+
+    models = {f"length_{length}": fast(length) for length in _LENGTHS}
+    models["vanilla"] = base.fast_vanilla
+    speed = common.speed_of("block_length", base, models)
+
+    def find(results: Results) -> Found:
+        losses = {length: results.values(runs[length].name) for length in _LENGTHS}
+        speeds, noise = results.rates(speed.name), results.noise()
+        rates = [speeds[f"length_{length}"] for length in _LENGTHS]
+        checks = [
+            lower(losses[a], losses[b], f"blocks of {a} have a lower loss than of {b}", noise)
+            for a, b in itertools.pairwise(_LENGTHS)
+        ]
+        mean = [statistics.mean(losses[length]) for length in _LENGTHS]
+        correlation = float(np.corrcoef(np.log2(_LENGTHS), mean)[0, 1])
+        checks += [
+            holds(
+                correlation > 0.95,
+                "loss rises linearly with the logarithm of the length",
+                f"correlation {correlation:.3f}",
+            ),
+            holds(
+                all(a < b for a, b in itertools.pairwise(rates)),
+                "throughput grows with each doubling",
+                ", ".join(f"{b / a:.2f}x" for a, b in itertools.pairwise(rates)),
+            ),
+            holds(
+                rates[_LENGTHS.index(4)] > speeds["vanilla"],
+                "blocks of 4 decode faster than vanilla",
+                f"{rates[_LENGTHS.index(4)] / speeds['vanilla']:.1f}x",
+            ),
+        ]
+        vanilla = results.values("vanilla")
+        return Found(
+            checks,
+            ["", "loss", "tokens/s"],
+            [
+                [f"blocks of {length}", spread(losses[length]), f"{rate:.0f}"]
+                for length, rate in zip(_LENGTHS, rates, strict=True)
+            ]
+            + [["vanilla", spread(vanilla), f"{speeds['vanilla']:.0f}"]],
+            [
+                Chart(
+                    "block_length_loss",
+                    "Loss by block length",
+                    "tokens in a block",
+                    common.LOSS,
+                    [
+                        Series("block", _LENGTHS, list(losses.values())),
+                        Series("vanilla", [_LENGTHS[0], _LENGTHS[-1]], [vanilla] * 2),
+                    ],
+                    log="x",
+                ),
+                Chart(
+                    "block_length_speed",
+                    common.setting(speed),
+                    "tokens in a block",
+                    "generated tokens per second",
+                    [
+                        Series("block", _LENGTHS, [[rate] for rate in rates]),
+                        Series("vanilla", [_LENGTHS[0], _LENGTHS[-1]], [[speeds["vanilla"]]] * 2),
+                    ],
+                    log="xy",
+                ),
+            ],
+        )
+
+    return Study(
+        "block_length",
+        "3. As blocks grow, loss rises log-linearly and throughput grows exponentially.",
+        [*runs.values(), common.vanilla(base)],
+        [speed],
+        find,
+    )

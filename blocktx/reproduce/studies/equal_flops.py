@@ -1,0 +1,64 @@
+"""Finding 8: block and vanilla at equal training FLOPs."""
+
+import statistics
+
+from blocktx.reproduce.scale import Base
+from blocktx.reproduce.studies import common
+from blocktx.reproduce.study import Chart, Found, Results, Run, Series, Study, holds, lower, spread
+
+
+def study(base: Base) -> Study:
+    vanilla = common.vanilla(base)
+    if base.equal_flops_vanilla != base.vanilla:
+        vanilla = Run("flops_vanilla", base.equal_flops_vanilla)
+    runs = {name: Run(name, config) for name, config in base.equal_flops_blocks.items()}
+    models = {"vanilla": vanilla.config.model}
+    models |= {name: run.config.model for name, run in runs.items()}
+    speed = common.speed_of("equal_flops", base, models)
+
+    def find(results: Results) -> Found:
+        losses = {"vanilla": results.values(vanilla.name)}
+        losses |= {name: results.values(run.name) for name, run in runs.items()}
+        speeds = results.rates(speed.name)
+        as_fast = [name for name in runs if speeds[name] >= speeds["vanilla"]]
+        if as_fast:
+            best = min(as_fast, key=lambda name: statistics.mean(losses[name]))
+            statement = f"{best}, at least as fast as vanilla, has a lower loss"
+            checks = [lower(losses[best], losses["vanilla"], statement, results.noise())]
+        else:
+            statement = "a block model is as fast as vanilla"
+            checks = [holds(False, statement, "none is")]
+        return Found(
+            checks,
+            ["model", "steps", "loss", "tokens/s"],
+            [
+                [
+                    name,
+                    str(results.values(runs.get(name, vanilla).name, "steps")[0]),
+                    spread(losses[name]),
+                    f"{speeds[name]:.0f}",
+                ]
+                for name in models
+            ],
+            [
+                Chart(
+                    "equal_flops",
+                    f"Equal training FLOPs; {common.setting(speed)}",
+                    common.LOSS,
+                    "generated tokens per second",
+                    [
+                        Series(name, [statistics.mean(losses[name])], [[speeds[name]]])
+                        for name in models
+                    ],
+                    log="y",
+                )
+            ],
+        )
+
+    return Study(
+        "equal_flops",
+        "8. At equal training FLOPs and throughput a block model has a lower loss than vanilla.",
+        [vanilla, *runs.values()],
+        [speed],
+        find,
+    )

@@ -1,0 +1,129 @@
+"""Next-token loss, summed by position in the block, and what training can add to it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blocktx.config import LossConfig
+from blocktx.model import BlockTransformer, Model, position_sums, scored
+from blocktx.ops import sum_of_nats
+
+_TEMPERATURE = 0.07  # of the contrastive loss; the authors'
+
+
+_LEAST = jnp.finfo(jnp.float32).min
+
+
+def training_sums(
+    model: Model,
+    params: dict[str, Any],
+    tokens_BxNxK: jax.Array,
+    mask_BxNxK: jax.Array,
+    config: LossConfig,
+) -> dict[str, jax.Array]:
+    """Sums of the losses that a training step is over, by name: `loss` and those that are on.
+
+    block_decoding_loss: the context embedding at block i is to be the input embedding of block i+1.
+      With `mse` the sum is over blocks of the mean square of the difference; with `contrastive`, of
+      the nats that it takes to tell the embedding, by its cosine over a temperature of 0.07, from
+      those of all scored blocks in `tokens_BxNxK`. Of several embeddings in a block each is to be
+      its own counterpart, and the mean is taken. No gradient flows into the input embedding, which
+      could otherwise please the loss by being the same for all blocks; so have it the authors.
+    auto_encoding_loss: nats of the same tokens as `loss`, with the block's own input embedding in
+      place of the context embedding. Its gradient reaches embedder and token decoder.
+
+    The contrastive loss holds a matrix of all scored blocks by all scored blocks: where it is too
+    large, more `training.microbatches` make it smaller (and the choice easier).
+    """
+    fused = model.config.platform == "tpu"
+    if not config.weights and not fused:
+        return {"loss": position_sums(model, params, tokens_BxNxK, mask_BxNxK)[0].sum()}
+    mask_BxNxK = mask_BxNxK.astype(bool)
+    scored_BxMxK = scored(mask_BxNxK)
+    if model.config.kind == "vanilla":
+        hidden_BxTxD = model.apply(
+            {"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0], method="hidden"
+        )
+        classifier = params["classifier"]
+        return {
+            "loss": _fused_nats(
+                model, classifier, hidden_BxTxD[:, :, None], tokens_BxNxK, scored_BxMxK
+            )
+        }
+
+    def sums(net: BlockTransformer) -> dict[str, jax.Array]:
+        def nats(contexts_BxMxnD: jax.Array) -> jax.Array:
+            if fused:  # a last block that predicts nothing makes N of the N-1: whole tiles
+                contexts_BxNxnD = jnp.pad(contexts_BxMxnD, ((0, 0), (0, 1), (0, 0)))
+                next_BxNxK, real_BxNxK = (
+                    jnp.roll(x, -1, axis=1) for x in (tokens_BxNxK, mask_BxNxK)
+                )
+                hidden_BxNxKxE = net.hidden_blocks(contexts_BxNxnD, next_BxNxK, real_BxNxK)
+                classifier = params["token_decoder"]["classifier"]
+                return _fused_nats(model, classifier, hidden_BxNxKxE, tokens_BxNxK, scored_BxMxK)
+            logits = net.decode_blocks(contexts_BxMxnD, tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:])
+            return nats(logits, tokens_BxNxK, scored_BxMxK).sum()
+
+        embeddings_BxNxnxD = net.embed_blocks(tokens_BxNxK, mask_BxNxK)
+        contexts_BxNxnD = net.decode_embeddings(embeddings_BxNxnxD, mask_BxNxK)
+        out = {"loss": nats(contexts_BxNxnD[:, :-1])}
+        next_BxMxnxD = embeddings_BxNxnxD[:, 1:]
+        if "block_decoding_loss" in config.weights:
+            block_sum = _square_sum if config.block_decoding == "mse" else _contrastive_sum
+            context_BxMxnxD = contexts_BxNxnD[:, :-1].reshape(next_BxMxnxD.shape)
+            out["block_decoding_loss"] = block_sum(
+                context_BxMxnxD, next_BxMxnxD, scored_BxMxK.any(-1)
+            )
+        if "auto_encoding_loss" in config.weights:
+            out["auto_encoding_loss"] = nats(next_BxMxnxD.reshape(contexts_BxNxnD[:, 1:].shape))
+        return out
+
+    return model.apply({"params": params}, method=sums)
+
+
+def training_counts(mask_BxNxK: jax.Array, config: LossConfig) -> dict[str, jax.Array]:
+    """What the means of `training_sums` are over, tokens or blocks; 1 instead of none."""
+    scored_BxMxK = scored(mask_BxNxK.astype(bool))
+    tokens = scored_BxMxK.sum(dtype=jnp.float32)
+    blocks = scored_BxMxK.any(-1).sum(dtype=jnp.float32)
+    counts = {"loss": tokens, "block_decoding_loss": blocks, "auto_encoding_loss": tokens}
+    return {name: jnp.maximum(counts[name], 1) for name in ("loss", *config.weights)}
+
+
+def _fused_nats(
+    model: Model,
+    classifier: dict[str, Any],
+    hidden_BxNxKxE: jax.Array,
+    tokens_BxNxK: jax.Array,
+    scored_BxMxK: jax.Array,
+) -> jax.Array:
+    """The sum of the nats, from what the classifier sees of N blocks, of which the last is idle."""
+    return sum_of_nats(
+        hidden_BxNxKxE.astype(model.config.compute_dtype),
+        classifier["kernel"],
+        jnp.roll(tokens_BxNxK, -1, axis=1),
+        jnp.pad(scored_BxMxK, ((0, 0), (0, 1), (0, 0))),
+    )
+
+
+def _square_sum(context_BxMxnxD: jax.Array, next_BxMxnxD: jax.Array, real_BxM: jax.Array):
+    wanted_BxMxnxD = jax.lax.stop_gradient(next_BxMxnxD).astype(jnp.float32)
+    square_BxM = jnp.square(context_BxMxnxD.astype(jnp.float32) - wanted_BxMxnxD).mean((-2, -1))
+    return jnp.where(real_BxM, square_BxM, 0).sum()
+
+
+def _contrastive_sum(context_BxMxnxD: jax.Array, next_BxMxnxD: jax.Array, real_BxM: jax.Array):
+    group, width = next_BxMxnxD.shape[-2:]
+
+    def unit(x: jax.Array) -> jax.Array:  # with a gradient at 0 too
+        x = x.astype(jnp.float32).reshape(-1, width)
+        return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+    real_T = jnp.repeat(real_BxM.reshape(-1), group)
+    wanted_TxD = jax.lax.stop_gradient(unit(next_BxMxnxD))
+    cosine_TxT = unit(context_BxMxnxD) @ wanted_TxD.T
+    logits_TxT = jnp.where(real_T, cosine_TxT / _TEMPERATURE, _LEAST)
+    nats_T = optax.softmax_cross_entropy_with_integer_labels(logits_TxT, jnp.arange(real_T.size))
+    return jnp.where(real_T, nats_T, 0).sum() / group

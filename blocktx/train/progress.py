@@ -1,0 +1,132 @@
+"""How a run gets on: a progress bar or lines, speed, use of the hardware, and time lost."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+from tqdm import tqdm
+
+from blocktx import cost
+from blocktx.chips import find_chip
+from blocktx.config import RunConfig
+from blocktx.train.metrics import MetricsWriter
+
+
+class Progress:
+    """Reads each step's metrics while the device works on the next step, and shows them.
+
+    On a terminal as a bar on stderr, elsewhere as lines on stdout; in any case they are written
+    every `log_every` steps. Only the first process shows anything.
+
+    Beside what `train_step` returns it measures, since the last line: `step_seconds`,
+    `tokens_per_second`, `input_fraction` (of the time, in which the device had nothing to do but
+    to wait for data), and since the run began, pauses between restarts included, `goodput` (the
+    share of the time that went into steps, not into starting, compiling, saving or evaluating);
+    on chips whose peak is known (`blocktx.chips`) also `mfu`, the share of it that the model's
+    FLOPs reach (`blocktx.cost`; what is computed again does not count), and `peak_memory_bytes`.
+
+    Attributes:
+      stop: whether a process was asked to stop, according to the last metrics that were read.
+    """
+
+    def __init__(self, writer: MetricsWriter, config: RunConfig, start: int):
+        self._writer, self._training, self._start = writer, config.training, start
+        self.stop = False
+        self._chief = jax.process_index() == 0
+        hidden = None if self._chief else True  # None: where there is no terminal
+        self._bar = tqdm(total=self._training.steps, initial=start, unit=" steps", disable=hidden)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._since: float | None = None  # since when tokens are counted, if they are
+        self._until, self._tokens, self._steps, self._waited = 0.0, 0, 0, 0.0
+        self._began, self._productive = writer.began, writer.productive
+        chip = find_chip(jax.devices()[0].device_kind)
+        flops = cost.train_step(config).flops
+        self._least_seconds = flops / (chip.flops * jax.device_count()) if chip else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    @contextlib.contextmanager
+    def input(self) -> Iterator[None]:
+        """Around what makes the next batch ready."""
+        begin = time.perf_counter()
+        yield
+        # What the device did not notice, because it was still busy, is not lost.
+        if self._since is not None and self._pending[1]["loss"].is_ready():
+            self._waited += time.perf_counter() - begin
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Keeps the metrics of `train_step` for later, and reads those of the step before.
+
+        Raises:
+          FloatingPointError: if that step's loss or gradient is not finite.
+        """
+        pending, self._pending = self._pending, (step, metrics)
+        if pending is not None:
+            self._read(*pending)
+
+    def flush(self) -> None:
+        """Reads all metrics, as `add`. What is done before the next step is not timed."""
+        if self._pending is not None:
+            # Others are timed when the next step is under way; without a next one, tokens are not
+            # comparable with times.
+            self._read(*self._pending, timed=False)
+        self._pending = None
+        self._reset(None)
+
+    def _reset(self, since: float | None) -> None:
+        self._since, self._tokens, self._steps, self._waited = since, 0, 0, 0.0
+
+    def _read(self, step: int, metrics: dict[str, jax.Array], timed: bool = True) -> None:
+        values = {name: value.item() for name, value in metrics.items()}  # waits for the step
+        tokens = values.pop("tokens")
+        self.stop = values.pop("stop", False)
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise FloatingPointError(
+                f"step {step}: the loss is {values['loss']}, the gradient's norm "
+                f"{values['grad_norm']}"
+            )
+        shown = f"loss={values['loss']:.3f}"
+        if timed:
+            before, self._until = self._until, time.perf_counter()
+            if self._since is None:  # this step compiled, or began before an evaluation or a save
+                self._since = self._until
+            else:
+                self._tokens += tokens
+                self._steps += 1
+                self._productive += self._until - before
+        if self._steps:
+            measured = self._measured()
+            values |= measured
+            shown += f" tokens/s={measured['tokens_per_second']:,.0f}"
+            if "mfu" in measured:
+                shown += f" mfu={measured['mfu']:.1%}"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update()
+        ends = (self._start + 1, self._training.steps)
+        if step in ends or step % self._training.log_every == 0:
+            self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
+            self._reset(self._until if timed else None)
+            if self._chief and self._bar.disable:
+                print(f"step={step} {shown}", flush=True)
+
+    def _measured(self) -> dict[str, float]:
+        seconds = self._until - self._since
+        measured = {
+            "step_seconds": seconds / self._steps,
+            "tokens_per_second": self._tokens / seconds,
+            "input_fraction": min(self._waited / seconds, 1.0),
+            "productive_seconds": self._productive,
+            "goodput": self._productive / max(time.time() - self._began, self._productive),
+        }
+        if self._least_seconds is not None:
+            measured["mfu"] = self._least_seconds * self._steps / seconds
+        memory = jax.local_devices()[0].memory_stats()  # none on a CPU
+        if memory and "peak_bytes_in_use" in memory:
+            measured["peak_memory_bytes"] = memory["peak_bytes_in_use"]
+        return measured

@@ -1,0 +1,168 @@
+"""The state of training, and one compiled step."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from blocktx.config import RunConfig
+from blocktx.model import Model, abstract_params, init_params
+from blocktx.parallel import batch_parts, batch_sharding, check_model_fits, replicated
+from blocktx.train.loss import training_counts, training_sums
+from blocktx.train.optimizer import optimizer, schedule
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes."""
+
+    step: jax.Array  # int32, the number of steps taken
+    params: dict[str, Any]
+    opt_state: optax.OptState
+
+
+def abstract_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
+    """The state as ShapeDtypeStructs with shardings.
+
+    What of the optimizer is shaped like a parameter lies as it does, the rest is on every device.
+    """
+    params = abstract_params(config.model, mesh)
+    by_path = dict(jax.tree.leaves_with_path(params))
+
+    def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        for start in range(len(path)):
+            param = by_path.get(path[start:])
+            if param is not None and param.shape == x.shape:
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=param.sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
+
+    opt_state = jax.eval_shape(optimizer(config).init, params)
+    opt_state = jax.tree.map_with_path(place, opt_state)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(step, params, opt_state)
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step as ShapeDtypeStructs."""
+    model = config.model
+    shape = (config.training.batch_size, model.blocks, model.block_length)
+    struct = functools.partial(jax.ShapeDtypeStruct, shape, sharding=batch_sharding(mesh))
+    return {"tokens": struct(jnp.int32), "mask": struct(jnp.bool)}
+
+
+def _settle(state: TrainState, config: RunConfig) -> TrainState:
+    """`state`, over the mesh that is set, so that no array is ever whole on one device."""
+    return _place(state, lambda mesh: abstract_state(config, mesh))
+
+
+def _place(tree: Any, like: Callable[[AbstractMesh], Any]) -> Any:
+    """`tree`, each array where that of `like(mesh)` lies on the mesh that is set, if one is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree.map(
+        lambda x, like: jax.lax.with_sharding_constraint(x, like.sharding.spec), tree, like(mesh)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "model"))
+def create_state(config: RunConfig, model: Model) -> TrainState:
+    """The state before the first step, which follows from `config` (its `seed` above all)."""
+    return _settle(_with_params(init_params(model, jax.random.key(config.seed)), config), config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def state_of(params: dict[str, Any], config: RunConfig) -> TrainState:
+    """The state before the first step, with `params` from elsewhere."""
+    return _settle(_with_params(params, config), config)
+
+
+def _with_params(params: dict[str, Any], config: RunConfig) -> TrainState:
+    return TrainState(jnp.int32(0), params, optimizer(config).init(params))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "model"), donate_argnames="state")
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], config: RunConfig, model: Model
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update by one batch; `state` is donated.
+
+    The gradient is accumulated over `config.training.microbatches` parts of the batch. Each loss is
+    divided by what is scored in all of them, so it is that of the undivided batch (but the
+    contrastive loss of `config.loss`, whose choices are within a part).
+
+    Args:
+      state: the state before the step.
+      batch: `{"tokens": int32 [B, N, K], "mask": bool [B, N, K]}`, and with several processes
+        `"stop": bool [B]`, True in the rows of one that was asked to stop.
+      config: the run's; static.
+      model: the module that `config.model` describes; static.
+
+    Returns:
+      The state after the step, and the scalars `loss` (nats a token, before the update), the
+      others that `config.loss` adds to it (unweighted), `grad_norm` (before clipping),
+      `learning_rate`, `tokens` (real ones in the batch) and, if it was given, whether any `stop`.
+    """
+    counts = training_counts(batch["mask"], config.loss)
+    weights = {"loss": 1.0, **config.loss.weights}
+
+    def objective(params: dict[str, Any], part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        sums = training_sums(model, params, part["tokens"], part["mask"], config.loss)
+        return sum(weights[name] * sums[name] / counts[name] for name in weights), sums
+
+    def gradient(part: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(state.params, part)
+        # Each device needs the sum of its own part alone.
+        return sums, _place(grads, lambda mesh: abstract_params(config.model, mesh))
+
+    def accumulate(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(part)), None
+
+    def split(x: jax.Array) -> jax.Array:
+        # Each part takes every M-th row, so that it is spread over all devices that hold the batch.
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    parts = config.training.microbatches
+    rows = {name: batch[name] for name in ("tokens", "mask")}
+    if parts == 1:
+        sums, grads = gradient(rows)
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, (counts, state.params))
+        (sums, grads), _ = jax.lax.scan(accumulate, zeros, jax.tree.map(split, rows))
+
+    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        **{name: sums[name] / counts[name] for name in sums},
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": jnp.asarray(schedule(config)(state.step), jnp.float32),
+        "tokens": batch["mask"].sum(dtype=jnp.int32),
+    }
+    if "stop" in batch:
+        metrics["stop"] = batch["stop"].any()
+    return _settle(TrainState(state.step + 1, params, opt_state), config), metrics
+
+
+def check_run(config: RunConfig, mesh: Mesh) -> None:
+    """Raises a ValueError if this cannot be trained on the devices of `mesh`."""
+    if config.model.param_dtype != "float32":
+        raise ValueError(
+            "config.model.param_dtype: bfloat16 weights are for decoding; training keeps float32 "
+            "weights; use config.model.compute_dtype=bfloat16"
+        )
+    platform = mesh.devices.flat[0].platform
+    if config.model.remat == "offload" and platform == "cpu":
+        raise ValueError("config.model.remat: offload needs a GPU or TPU; use full or dots")
+    check_model_fits(config.model, mesh)
+    size, parts, micro = config.training.batch_size, batch_parts(mesh), config.training.microbatches
+    if size % (parts * micro):
+        raise ValueError(
+            f"config.training.batch_size: {size} rows do not divide into {parts} parts (mesh data "
+            f"{mesh.shape['data']} x fsdp {mesh.shape['fsdp']}) of {micro} microbatches; use a "
+            f"multiple of {parts * micro}, such as {-(-size // (parts * micro)) * parts * micro}"
+        )

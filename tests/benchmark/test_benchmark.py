@@ -1,0 +1,130 @@
+"""The benchmark on models so small that its figures only have to be consistent."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+
+import jax
+import pytest
+
+from blocktx import cost
+from blocktx.benchmark import machine
+from blocktx.benchmark.measure import Candidate, Result
+from blocktx.benchmark.report import plot, table, write_json
+from blocktx.command_line import read_config
+from blocktx.config.model import BlockConfig, StackConfig
+
+benchmark = importlib.import_module("blocktx.benchmark.measure")  # `measure` is a function too
+
+STACK = StackConfig(layers=1, width=16, heads=2)
+CONFIG = BlockConfig(vocab_size=53, context_length=32, block_decoder=STACK, token_decoder=STACK)
+PAPER = pathlib.Path(__file__).parents[2] / "configs" / "paper.py"
+MACHINE = machine.Machine("a device", flops_per_second=1e9, bytes_per_second=1e8)
+
+
+@pytest.fixture(scope="module")
+def candidate():
+    config = benchmark.with_room(CONFIG, 128)
+    return Candidate("tiny", *benchmark.random_model(config))
+
+
+@pytest.fixture(scope="module")
+def results(candidate):
+    shape = dict(prompt_tokens=64, new_tokens=64)
+    return benchmark.measure([candidate], MACHINE, batch_sizes=[2], repeats=3, **shape)
+
+
+def test_figures_are_consistent(results, candidate):
+    (result,) = results
+    config = candidate.model.config
+    assert result.tokens_per_second == pytest.approx(2 * 64 / result.seconds)
+    assert 0 < result.prefill_seconds < result.seconds
+    assert 0 < result.seconds_to_first_token < result.seconds
+    assert result.counted_bytes_per_sample == cost.cache_bytes(config, 32) + 4 * 53
+    assert result.bytes_per_sample > result.counted_bytes_per_sample
+    prefill, block = cost.extend(config, 2, 16, 16), cost.decode_block(config, 2, 32)
+    roofline = MACHINE.seconds(prefill) + 16 * MACHINE.seconds(block)
+    assert result.roofline_share == pytest.approx(roofline / result.seconds)
+
+
+def test_roofline_is_the_longer_time():
+    assert MACHINE.seconds(cost.Cost(flops=2 * 10**9, bytes=10**8)) == 2
+    assert MACHINE.seconds(cost.Cost(flops=10**9, bytes=3 * 10**8)) == 3
+
+
+def test_room_for_prompt_and_answer():
+    config = benchmark.with_room(CONFIG, 33, "bfloat16")
+    assert (config.context_length, config.compute_dtype) == (36, "bfloat16")
+    assert config.param_dtype == "bfloat16"
+    assert benchmark.with_room(CONFIG, 20).context_length == 32
+
+
+def test_largest_batch_is_the_last_that_fits(candidate, monkeypatch):
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(candidate.params))
+    # More than what is counted, so that the first guess is too large.
+    monkeypatch.setattr(benchmark, "program_bytes", lambda _, rows, *__: 5000 + 9000 * rows)
+    shape = dict(prompt_tokens=64, new_tokens=64)
+    limit = held + 5000 + 9000 * 37 + 4000
+    assert benchmark.largest_batch(candidate, limit, **shape) == 32
+    with pytest.raises(ValueError, match=r"memory_limit: tiny needs .* GiB for a batch of 1"):
+        benchmark.largest_batch(candidate, held + 13_999, **shape)
+
+
+def result(model, batch_size, tokens_per_second, loss=None):
+    numbers = dict.fromkeys((f.name for f in dataclasses.fields(Result)), 1)
+    return Result(
+        **numbers
+        | dict(model=model, batch_size=batch_size, loss=loss, tokens_per_second=tokens_per_second)
+    )
+
+
+def test_table_json_and_plot(tmp_path):
+    several = [
+        result("block", 1, 50.0, 2.8),
+        result("vanilla", 1, 20.0, 2.5),
+        result("block", 8, 400.0, 2.8),
+        result("vanilla", 8, 40.0, 2.5),
+    ]
+    text = table(several, MACHINE)
+    assert "a device: 1 GFLOP/s in a product of 2048^3, 0.1 GB/s in a sum of 256 MB" in text
+    assert "batch 1: block is 2.5x vanilla" in text
+    assert "batch 8: block is 10.0x vanilla" in text
+    path = write_json(tmp_path / "new" / "out.json", several, MACHINE)
+    out = json.loads(path.read_text())
+    assert out["machine"]["flops_per_second"] == 1e9
+    assert [r["tokens_per_second"] for r in out["results"]] == [50, 20, 400, 40]
+    assert plot(tmp_path / "plot.png", several).stat().st_size > 5000
+    with pytest.raises(ValueError, match="no held-out loss is known of tiny"):
+        plot(tmp_path / "other.png", [result("tiny", 1, 1.0)])
+
+
+def test_machine_is_measured(monkeypatch):
+    monkeypatch.setattr(machine, "_MATRIX", 64)
+    monkeypatch.setattr(machine, "_READ_BYTES", 2**16)
+    measured = machine.measure_machine("float32")
+    assert measured.flops_per_second > 0
+    assert measured.bytes_per_second > 0
+    assert measured.device == jax.devices()[0].device_kind
+
+
+def test_memory_of_a_row_is_that_of_its_cache_and_logits():
+    # What a step needs beside the cache, such as a copy of one head of one layer, is little beside
+    # several layers of many slots.
+    stack = StackConfig(4, width=64, heads=8)
+    config = dataclasses.replace(CONFIG, block_decoder=stack, vocab_size=16)
+    config = benchmark.with_room(config, 1024 + 64)
+    wide = Candidate("wide", *benchmark.random_model(config))
+    shape = (1024, 64)
+    few, many = (benchmark.program_bytes(wide, rows, *shape) for rows in (256, 512))
+    counted = benchmark.counted_bytes(config, *shape) + 4 * sum(shape)  # and tokens
+    assert (many - few) / 256 == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.slow
+def test_memory_of_a_row_at_full_size():
+    config = benchmark.with_room(read_config(f"{PAPER}:block_170m").model, 2176, "float32")
+    candidate = Candidate("block_170m", *benchmark.random_model(config))
+    few, many = (benchmark.program_bytes(candidate, rows, 2048, 128) for rows in (32, 64))
+    counted = benchmark.counted_bytes(config, 2048, 128)
+    assert (many - few) / 32 == pytest.approx(counted, rel=0.05)

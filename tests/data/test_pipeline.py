@@ -1,0 +1,162 @@
+"""Batches depend on seed and step alone, resume exactly, and evaluation sees everything once."""
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+
+from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
+from blocktx.config.run import DataConfig, RunConfig, TrainingConfig
+from blocktx.data.blocks import PackedBlocks
+from blocktx.data.corpus import Documents
+from blocktx.data.pipeline import heldout_batches, training_batches
+
+PAD = 1
+STACK = StackConfig(layers=1, width=32, heads=4)
+LENGTHS = [7, 30, 12, 5, 40, 21, 9, 16]
+DOCUMENTS = Documents(
+    np.arange(2, 2 + sum(LENGTHS), dtype=np.uint16),
+    np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int64),
+    0,
+)
+EMPTY = Documents(np.empty(0, np.uint16), np.zeros(1, np.int64), 0)
+
+
+def make_config(kind="block", batch_size=3, seed=0, **data):
+    sizes = {"vocab_size": 256, "context_length": 16}
+    if kind == "block":
+        model = BlockConfig(**sizes, block_decoder=STACK, token_decoder=STACK)
+    else:
+        model = VanillaConfig(**sizes, decoder=STACK)
+    training = TrainingConfig(batch_size=batch_size)
+    return RunConfig(model, data=DataConfig(**data), training=training, seed=seed)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert np.array_equal(batch["tokens"], other["tokens"])
+        assert np.array_equal(batch["mask"], other["mask"])
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("block", (3, 4, 4)), ("vanilla", (3, 16, 1))])
+def test_shapes_and_types(kind, shape):
+    config = make_config(kind)
+    batches = [next(training_batches(DOCUMENTS, config, PAD))]
+    batches += heldout_batches(DOCUMENTS, config, PAD)
+    for batch in batches:
+        assert batch["tokens"].shape == batch["mask"].shape == shape
+        assert batch["tokens"].dtype == np.int32
+        assert batch["mask"].dtype == bool
+
+
+def rows_of(batches):
+    return [row.tobytes() for batch in batches for row in batch["tokens"]]
+
+
+def test_each_epoch_has_every_context_once_in_an_order_of_its_own():
+    config = make_config(batch_size=1)
+    once = rows_of(take(training_batches(DOCUMENTS, config, PAD), 200))
+    epoch = len(set(once))
+    assert 5 < epoch < 50
+    epochs = [once[i : i + epoch] for i in range(0, 3 * epoch, epoch)]
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert all(len(set(rows)) == epoch for rows in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_batch_size_cuts_one_sequence():
+    small = take(training_batches(DOCUMENTS, make_config(batch_size=2), PAD), 30)
+    large = take(training_batches(DOCUMENTS, make_config(batch_size=5), PAD), 12)
+    assert rows_of(small) == rows_of(large)
+
+
+def test_seed_decides():
+    first, again, other = (
+        take(training_batches(DOCUMENTS, make_config(seed=seed), PAD), 5) for seed in (1, 1, 2)
+    )
+    assert_equal(first, again)
+    assert rows_of(first) != rows_of(other)
+    next(training_batches(DOCUMENTS, make_config(seed=2**40), PAD))
+
+
+def test_random_padding_setting_is_used():
+    padded = next(training_batches(DOCUMENTS, make_config(batch_size=8), PAD))
+    plain = next(training_batches(DOCUMENTS, make_config(batch_size=8, random_padding=False), PAD))
+    first_of_block = [batch["mask"][..., 0] for batch in (padded, plain)]
+    assert not first_of_block[0].all()
+    assert first_of_block[1].all()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 50])  # start, mid-epoch, in a later epoch
+def test_resumes_exactly(steps):
+    config = make_config()
+    reference = take(training_batches(DOCUMENTS, config, PAD), steps + 20)
+    iterator = training_batches(DOCUMENTS, config, PAD)
+    take(iterator, steps)
+    time.sleep(0.02)  # lets prefetching run ahead
+    state = json.loads(json.dumps(iterator.get_state()))
+    assert_equal(take(iterator, 20), reference[steps:])  # asking changes nothing
+    resumed = training_batches(DOCUMENTS, config, PAD)
+    resumed.set_state(state)
+    assert resumed.get_state() == state
+    assert_equal(take(resumed, 20), reference[steps:])
+    iterator.set_state(state)  # also back in time
+    assert_equal(take(iterator, 20), reference[steps:])
+
+
+def test_too_little_text():
+    with pytest.raises(ValueError, match=r"config\.model\.context_length"):
+        training_batches(EMPTY, make_config(), PAD)
+
+
+@pytest.mark.parametrize("kind", ["block", "vanilla"])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_heldout_has_every_context_once_and_can_be_read_again(kind, batch_size):
+    config = make_config(kind, batch_size)
+    batches = heldout_batches(DOCUMENTS, config, PAD)
+    first = list(batches)
+    assert_equal(first, list(batches))
+    contexts = PackedBlocks(
+        DOCUMENTS,
+        block_length=config.model.block_length,
+        blocks=config.model.blocks,
+        pad_id=PAD,
+        random_padding=False,
+        seed=None,
+        overlap=1,
+    )
+    assert len(first) == -(-len(contexts) // batch_size)
+    tokens = np.concatenate([batch["tokens"] for batch in first])
+    mask = np.concatenate([batch["mask"] for batch in first])
+    assert np.array_equal(
+        tokens[: len(contexts)], [contexts[i]["tokens"] for i in range(len(contexts))]
+    )
+    assert (tokens[len(contexts) :] == PAD).all()
+    assert not mask[len(contexts) :].any()
+    predicted = tokens[:, 1:][mask[:, 1:]]
+    first_block = min(config.model.block_length, LENGTHS[0])
+    assert np.array_equal(predicted, DOCUMENTS.tokens[first_block:])
+
+
+def test_heldout_does_not_depend_on_the_seed():
+    configs = [make_config(), dataclasses.replace(make_config(), seed=5)]
+    assert_equal(*(list(heldout_batches(DOCUMENTS, config, PAD)) for config in configs))
+
+
+def test_no_heldout_documents_no_batches():
+    assert heldout_batches(EMPTY, make_config(), PAD) is None
+
+
+def test_heldout_batches_are_of_the_size_of_microbatches():
+    config = make_config(batch_size=6)
+    training = dataclasses.replace(config.training, microbatches=3)
+    batches = list(heldout_batches(DOCUMENTS, dataclasses.replace(config, training=training), PAD))
+    assert {batch["tokens"].shape[0] for batch in batches} == {2}
+    whole = rows_of(heldout_batches(DOCUMENTS, config, PAD))
+    assert rows_of(batches) == whole[: len(rows_of(batches))]

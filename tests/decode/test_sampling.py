@@ -1,0 +1,116 @@
+"""The samplers: what is drawn, how often, and from which seed."""
+
+import jax
+import numpy as np
+import pytest
+
+from blocktx.decode.sampling import Sampling, log_probability, sample
+
+CHOOSE = jax.jit(sample, static_argnums=3)
+LOGITS = np.array([0.1, 2.0, -1.0, 1.5, 0.9, 1.8, -0.3])
+# The seven tokens in three chunks of a vocabulary of 260; the others are never drawn.
+PLACES = np.array([3, 100, 127, 128, 255, 256, 259])
+DRAWS = 4_000
+
+
+def reference(logits, temperature, top_k, top_p, min_p):
+    """The probabilities that `sample` is to draw from, token by token."""
+    weight = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-weight)[: top_k or None]
+    weight /= weight[order].sum()
+    keep, mass = [], 0.0
+    for token in order:
+        if mass >= top_p or weight[token] < min_p * weight.max():
+            break
+        keep.append(token)
+        mass += weight[token]
+    probability = np.zeros_like(weight)
+    probability[keep] = weight[keep] / mass
+    return probability
+
+
+@pytest.fixture(scope="module", params=["cpu", "tpu"])
+def platform(request):
+    return request.param
+
+
+def draw(rows, platform, **options):
+    """A token for each of `rows` rows of the same logits."""
+    logits = np.full((rows, 260), -1e9, np.float32)
+    logits[:, PLACES] = LOGITS
+    position = options.pop("position", np.full(rows, 3))
+    sampling = Sampling.create(rows=rows, **options)
+    return np.asarray(CHOOSE(logits, sampling, position, platform))
+
+
+@pytest.fixture(scope="module")
+def drawn(platform):
+    """4,000 draws at position 3 of as many rows."""
+    seeds = Sampling.create(rows=DRAWS).seed_Bx2
+    logits = np.full((DRAWS, 260), -1e9, np.float32)
+    logits[:, PLACES] = LOGITS
+
+    def run(**options):
+        sampling = Sampling.create(rows=1, **options).replace(seed_Bx2=seeds)
+        return np.asarray(CHOOSE(logits, sampling, np.full(DRAWS, 3), platform))
+
+    return run
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        (0, 1.0, 0.0),
+        (3, 1.0, 0.0),
+        (0, 0.8, 0.0),
+        (4, 0.7, 0.0),
+        (0, 0.3, 0.0),
+        (100, 1.0, 0.0),
+        (0, 1.0, 0.3),
+        (5, 0.9, 0.5),
+        (0, 1.0, 1.0),
+    ],
+)
+def test_sampled_frequencies(drawn, temperature, top_k, top_p, min_p):
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = np.zeros(260)
+    expected[PLACES] = reference(LOGITS, **options)
+    observed = np.bincount(drawn(**options), minlength=260) / DRAWS
+    assert (observed[expected == 0] == 0).all()
+    deviation = np.sqrt(expected * (1 - expected) / DRAWS)
+    np.testing.assert_array_less(np.abs(observed - expected), 5 * deviation + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1}]
+)
+def test_limits_are_greedy(platform, options):
+    assert (draw(50, platform, **options) == PLACES[LOGITS.argmax()]).all()
+    assert (draw(50, platform, temperature=1e-6) == PLACES[LOGITS.argmax()]).all()
+
+
+def test_greedy_is_the_first_of_equals(platform):
+    logits = np.random.default_rng(0).integers(0, 9, (40, 260)).astype(np.float32)
+    tokens = CHOOSE(logits, Sampling.create(rows=40, temperature=0), np.zeros(40, int), platform)
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
+def test_draws_follow_from_seed_and_position_alone(platform):
+    rows = draw(50, platform, seed=1)
+    np.testing.assert_array_equal(draw(50, platform, seed=1), rows)
+    assert (draw(50, platform, seed=2) != rows).any()
+    assert (draw(50, platform, seed=1, position=np.full(50, 4)) != rows).any()
+    # A row of a list of seeds draws as it would alone, and so does the first of a single seed.
+    assert draw(1, platform, seed=1)[0] == rows[0]
+    seeds = [*range(49), 10**30]
+    alone = [draw(1, platform, seed=seed)[0] for seed in seeds]
+    np.testing.assert_array_equal(draw(50, platform, seed=seeds), alone)
+    assert (draw(50, platform, seed=[7] * 50) == draw(1, platform, seed=7)[0]).all()
+
+
+def test_log_probability():
+    logits = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
+    tokens = np.array([0, 8, 3, 3, 1])
+    expected = jax.nn.log_softmax(logits)[np.arange(5), tokens]
+    np.testing.assert_allclose(log_probability(logits, tokens), expected, atol=1e-6)

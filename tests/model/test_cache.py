@@ -1,0 +1,36 @@
+"""Writes to a cache: all rows at one slot, in place, without a scatter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blocktx.config.model import StackConfig
+from blocktx.model.cache import LayerCache, create_cache
+
+STACK = StackConfig(layers=1, width=16, heads=2)
+write = jax.vmap(LayerCache.write, (0, 0, 0, None))
+
+
+def test_write_of_a_batch_is_one_update_in_place():
+    (cache,) = create_cache(STACK, 3, 6, "bfloat16")
+    new = np.random.default_rng(0).normal(size=(2, 3, 2, 16)).astype(np.float32)
+    lowered = jax.jit(write, donate_argnums=0).lower(cache, *new, jnp.int32(3))
+    assert "scatter" not in lowered.as_text()
+    program = lowered.compile()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == cache.k_SxD.nbytes + cache.v_SxD.nbytes
+    written = program(cache, *new, jnp.int32(3))
+    for buffer, expected in zip((written.k_SxD, written.v_SxD), new, strict=True):
+        assert buffer.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(buffer[:, 3:5], expected.astype(jnp.bfloat16))
+        assert not np.delete(np.asarray(buffer), [3, 4], axis=1).any()
+
+
+def test_rows_with_slots_of_their_own():
+    (cache,) = create_cache(STACK, 2, 4, "float32")
+    new = np.random.default_rng(0).normal(size=(2, 1, 16)).astype(np.float32)
+    written = jax.vmap(LayerCache.write)(cache, new, -new, jnp.array([3, 1]))
+    for buffer, expected in ((written.k_SxD, new), (written.v_SxD, -new)):
+        for row, slot in enumerate((3, 1)):
+            np.testing.assert_array_equal(buffer[row, slot], expected[row, 0])
+            assert not np.delete(np.asarray(buffer[row]), slot, axis=0).any()

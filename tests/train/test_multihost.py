@@ -1,0 +1,186 @@
+"""Runs of two processes with four devices each, as users start and machines end them."""
+
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from blocktx.checkpoint.folder import find
+from blocktx.train.metrics import read
+from tests.helpers.tiny_run import write_corpus
+
+ROOT = pathlib.Path(__file__).parents[2]
+# With a marker that names a step, the save of that step stops for good just before it is finished.
+CONFIG = """
+import os, pathlib, sys, time
+sys.path.insert(0, {tests!r})
+from blocktx.config import DataConfig, to_config_dict
+from tests.helpers.tiny_run import run_config
+
+rename = os.rename
+
+def stopping_rename(source, target):
+    marker = pathlib.Path({folder!r}, f"stop_at_{{pathlib.Path(target).name}}")
+    if pathlib.Path(target).parent.name == "checkpoints" and marker.exists():
+        marker.with_name("stopped").touch()
+        time.sleep(1000)
+    rename(source, target)
+
+os.rename = stopping_rename
+
+def get_config():
+    settings = dict(steps=8, batch_size=8, checkpoint_every=2)
+    return to_config_dict(run_config({data!r}, optimizer=dict(schedule="constant"), **settings))
+"""
+HEARTBEAT = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("multihost")
+    data = write_corpus(folder)
+    text = CONFIG.format(tests=str(ROOT), folder=str(folder), data=data)
+    (folder / "config.py").write_text(text)
+    return folder
+
+
+class Run:
+    """Processes that train together; ended with the `with` block if they have not."""
+
+    def __init__(self, folder, name, *flags, processes=2):
+        self.workdir = folder / name
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+        count = f"--xla_force_host_platform_device_count={8 // processes}"
+        env = os.environ | {
+            "XLA_FLAGS": count,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONUNBUFFERED": "1",
+            # Most of the time is compilation, of the same small programs again and again.
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        base = [sys.executable, "launch/train.py", f"--config={folder / 'config.py'}", *flags]
+        base += [f"--workdir={self.workdir}", f"--compilation_cache={folder / 'compiled'}"]
+        if processes > 1:
+            base += [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
+            base += [f"--heartbeat_timeout={HEARTBEAT}", "--initialization_timeout=100"]
+        self.logs = [folder / f"{name}.{i}.log" for i in range(processes)]
+        self.processes = [
+            subprocess.Popen(
+                [*base, f"--process_id={i}"] if processes > 1 else base,
+                cwd=ROOT,
+                env=env,
+                stdout=log.open("a"),
+                stderr=subprocess.STDOUT,
+            )
+            for i, log in enumerate(self.logs)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def codes(self):
+        return [process.wait(timeout=120) for process in self.processes]
+
+    def log(self, index=0):
+        return self.logs[index].read_text()
+
+    def wait_for(self, there):
+        end = time.monotonic() + 120
+        while not there():
+            assert time.monotonic() < end, self.log()
+            assert all(p.poll() is None for p in self.processes), self.log() + self.log(-1)
+            time.sleep(0.01)
+
+
+def losses(workdir):
+    return {line["step"]: line["train/loss"] for line in read(workdir) if "train/loss" in line}
+
+
+def assert_same_losses(workdir, alone):
+    got, wanted = losses(workdir), losses(alone)
+    assert list(got) == list(wanted) == list(range(1, 9))
+    np.testing.assert_allclose(list(got.values()), list(wanted.values()), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The folder of the run that one process with eight devices has trained."""
+    with Run(folder, "alone", processes=1) as run:
+        assert run.codes() == [0], run.log()
+    return run.workdir
+
+
+def test_two_processes_train_as_one(folder, alone):
+    with Run(folder, "two") as run:
+        assert run.codes() == [0, 0], run.log(0) + run.log(1)
+    assert_same_losses(run.workdir, alone)
+    assert "in 2 processes" in run.log(0)
+    assert "step=" not in run.log(1)
+    assert (run.workdir / "loss.png").exists()
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_save(folder, alone):
+    """What is there is the save before, from which two processes go on, or one."""
+    (folder / "stop_at_6").touch()
+    with Run(folder, "killed") as run:
+        run.wait_for((folder / "stopped").exists)
+        for process in run.processes:
+            process.send_signal(signal.SIGKILL)
+        assert run.codes() == [-signal.SIGKILL] * 2
+    (folder / "stop_at_6").unlink()
+    names = {path.name for path in (run.workdir / "checkpoints").iterdir()}
+    assert any(name.startswith("6.") for name in names)  # half of it is there
+    assert find(run.workdir).name == "4"
+    shutil.copytree(run.workdir, folder / "killed_one")
+    with (
+        Run(folder, "killed", "--resume") as two,
+        Run(folder, "killed_one", "--resume", processes=1) as one,
+    ):
+        assert (two.codes(), one.codes()) == ([0, 0], [0]), two.log() + one.log()
+    for resumed in (one, two):
+        assert_same_losses(resumed.workdir, alone)
+        assert find(resumed.workdir).name == "8"
+
+
+def endless(folder, name):
+    run = Run(folder, name, "--config.training.steps=1000000")
+    run.wait_for(lambda: "step=10 " in run.log())
+    return run
+
+
+def test_sigterm_to_one_saves_all_and_loses_no_step(folder, alone):
+    with endless(folder, "stopped_one") as run:
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.codes() == [143, 143], run.log(0) + run.log(1)
+    saved = int(find(run.workdir).name)
+    assert list(losses(run.workdir)) == list(range(1, saved + 1))
+    assert f"saved at step {saved} of 1000000" in run.log(0)
+    first = [losses(run.workdir)[step] for step in range(1, 9)]
+    np.testing.assert_allclose(first, list(losses(alone).values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_killing_one_ends_the_other(folder, victim):
+    """Within the heartbeat timeout and a few seconds, with a code after which to try again."""
+    with endless(folder, f"dies_{victim}") as run:
+        begin = time.monotonic()
+        run.processes[victim].send_signal(signal.SIGKILL)
+        code = run.processes[1 - victim].wait(timeout=60)
+        assert time.monotonic() - begin < HEARTBEAT + 10
+    assert code in (70, -signal.SIGABRT)
+    assert find(run.workdir)
