@@ -1,18 +1,18 @@
 """How is a model and a run described?
 
-model.py  frozen dataclasses of a model
-run.py    frozen dataclasses of a run; conversion from and to ConfigDicts
+fields.py  checks that every config class applies to its fields
+model.py   frozen dataclasses of a model
+run.py     frozen dataclasses of a run; conversion from and to ConfigDicts
 """
 
+from blocktx.config.fields import FieldError, check_fields, divisors
 from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
     EncoderConfig,
-    FieldError,
     ModelConfig,
     StackConfig,
     VanillaConfig,
-    divisors,
 )
 from blocktx.config.run import (
     DataConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "StackConfig",
     "TrainingConfig",
     "VanillaConfig",
+    "check_fields",
     "divisors",
     "from_config_dict",
     "to_config_dict",

@@ -7,8 +7,6 @@ Every impossible field is a `ValueError` that names the field, its value and wha
 
 import dataclasses
 import difflib
-import math
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,15 +14,16 @@ from typing import Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
-from blocktx.config.model import (
-    Dtype,
+from blocktx.config.fields import (
     FieldError,
-    ModelConfig,
+    check_fields,
     divisors,
     not_negative,
     positive,
     require,
+    shown,
 )
+from blocktx.config.model import Dtype, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +38,7 @@ class DataConfig:
     cache_dir: str = "~/.cache/blocktx"
 
     def __post_init__(self):
+        check_fields(self)
         for field in ("source", "text_field", "tokenizer", "end_token", "pad_token", "cache_dir"):
             require(bool(getattr(self, field)), field, "must not be empty")
         require(
@@ -65,6 +65,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # of the whole gradient; 0 does not clip
 
     def __post_init__(self):
+        check_fields(self)
         positive(self, "learning_rate", "eps")
         not_negative(self, "warmup_steps", "weight_decay", "clip_norm")
         require(
@@ -90,6 +91,7 @@ class LossConfig:
     auto_encoding_weight: float = 1.0
 
     def __post_init__(self):
+        check_fields(self)
         not_negative(self, "block_decoding_weight", "auto_encoding_weight")
 
     @property
@@ -115,12 +117,13 @@ class TrainingConfig:
     init_from: str = ""  # a run or checkpoint whose parameters to begin with; empty: new ones
 
     def __post_init__(self):
+        check_fields(self)
         positive(self, *(field.name for field in dataclasses.fields(self) if field.type is int))
         require(
             self.batch_size % self.microbatches == 0,
             "microbatches",
             f"{self.microbatches} does not divide batch_size {self.batch_size}; use one of "
-            f"{divisors(self.batch_size)}",
+            f"{divisors(self.batch_size, self.microbatches)}",
         )
 
 
@@ -133,6 +136,7 @@ class MeshConfig:
     tensor: int = 1  # parts of each layer: of its heads, its MLP, and of the vocabulary
 
     def __post_init__(self):
+        check_fields(self)
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             require(size == -1 or size > 0, axis, f"got {size}, must be 1 or more, or -1")
@@ -154,6 +158,7 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_fields(self)
         require(0 <= self.seed < 2**63, "seed", f"got {self.seed}, must be in 0..2^63-1")
         warmup, steps = self.optimizer.warmup_steps, self.training.steps
         require(
@@ -208,7 +213,7 @@ def _build(cls: Any, mapping: Any, path: str) -> Any:
     if isinstance(mapping, ml_collections.ConfigDict):
         mapping = mapping.to_dict()
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{path}: got {mapping!r}, expected a section with fields")
+        raise ValueError(f"{path}: got {shown(mapping)}, expected a section with fields")
     if cls == ModelConfig:
         cls = _model_class(mapping, path)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -217,7 +222,7 @@ def _build(cls: Any, mapping: Any, path: str) -> Any:
             close = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"{path}.{name}: unknown field (value {mapping[name]!r}); {hint}"
+                f"{path}.{name}: unknown field (value {shown(mapping[name])}); {hint}"
                 f"{path} has {', '.join(fields)}"
             )
     hints = typing.get_type_hints(cls)
@@ -236,29 +241,12 @@ def _build(cls: Any, mapping: Any, path: str) -> Any:
 def _model_class(mapping: Mapping[str, Any], path: str) -> type:
     kinds = {cls.kind: cls for cls in typing.get_args(ModelConfig)}
     kind = mapping.get("kind")
-    if kind not in kinds:
-        raise ValueError(f"{path}.kind: got {kind!r}; use one of {', '.join(kinds)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{path}.kind: got {shown(kind)}; use one of {', '.join(kinds)}")
     return kinds[kind]
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    if hint == ModelConfig or dataclasses.is_dataclass(hint):
-        return _build(hint, value, path)
-    if typing.get_origin(hint) is types.UnionType:  # X | None
-        if value is None:
-            return None
-        (hint,) = set(typing.get_args(hint)) - {type(None)}
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ValueError(f"{path}: got {value!r}; use one of {', '.join(choices)}")
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ValueError(
-            f"{path}: got {value!r} ({type(value).__name__}), expected {hint.__name__}"
-        )
-    if hint is float and not math.isfinite(value):
-        raise ValueError(f"{path}: got {value!r}, expected a finite number")
-    return value
+    """Build the sections; `check_fields` looks at the rest."""
+    is_section = hint == ModelConfig or dataclasses.is_dataclass(hint)
+    return _build(hint, value, path) if is_section else value
