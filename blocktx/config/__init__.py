@@ -1,9 +1,12 @@
 """How is a model and a run described?
 
-model.py  frozen dataclasses of a model
-run.py    frozen dataclasses of a run; conversion from and to ConfigDicts
+errors.py  the error for mistakes that only a person can correct
+model.py   frozen dataclasses of a model
+run.py     frozen dataclasses of a run; conversion from and to ConfigDicts
+saved.py   configurations in files, of this version and older ones
 """
 
+from blocktx.config.errors import UserError, user_errors
 from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
@@ -25,8 +28,10 @@ from blocktx.config.run import (
     to_config_dict,
     to_dict,
 )
+from blocktx.config.saved import FORMAT_VERSION, from_saved, portable, to_saved
 
 __all__ = [
+    "FORMAT_VERSION",
     "BlockConfig",
     "DataConfig",
     "EmbedderConfig",
@@ -39,9 +44,14 @@ __all__ = [
     "RunConfig",
     "StackConfig",
     "TrainingConfig",
+    "UserError",
     "VanillaConfig",
     "divisors",
     "from_config_dict",
+    "from_saved",
+    "portable",
     "to_config_dict",
     "to_dict",
+    "to_saved",
+    "user_errors",
 ]

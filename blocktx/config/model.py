@@ -1,15 +1,21 @@
 """Frozen descriptions of a model: block, with every variant of the paper, or vanilla."""
 
 import dataclasses
+import math
 from typing import Any, Literal
+
+from blocktx.config.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
 
 
-class FieldError(ValueError):
-    """A field that cannot be: `field` is relative to the dataclass that raises."""
+LARGEST = 2**31 - 1  # of every size, count and token id
 
-    def __init__(self, field: str, problem: str = ""):  # copies are made of the message alone
+
+class FieldError(UserError):
+    """An invalid field value. `field` is relative to the dataclass that raises."""
+
+    def __init__(self, field: str, problem: str = ""):  # exceptions are copied by message only
         super().__init__(f"{field}: {problem}" if problem else field)
         self.field, self.problem = field, problem
 
@@ -23,16 +29,28 @@ def positive(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         require(value > 0, field, f"got {value}, must be greater than 0")
+        _not_too_large(field, value)
 
 
 def not_negative(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         require(value >= 0, field, f"got {value}, must be 0 or greater")
+        _not_too_large(field, value)
+
+
+def _not_too_large(field: str, value: float) -> None:
+    too_large = isinstance(value, int) and value > LARGEST
+    require(not too_large, field, f"got {value}, must be at most {LARGEST}")
 
 
 def divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+    """List the divisors of a number, for an error message. Long lists are shortened."""
+    small = [d for d in range(1, min(math.isqrt(number), 2**16) + 1) if number % d == 0]
+    found = sorted({*small, *(number // d for d in small)})
+    if len(found) > 40:
+        return f"{', '.join(map(str, found[:20]))}, ..., {found[-1]}"
+    return ", ".join(map(str, found))
 
 
 def _heads_divide(config: Any) -> None:
