@@ -7,13 +7,15 @@ import types
 import typing
 from typing import Any, Literal
 
+from blocktx.config.errors import UserError
+
 _MOST = 2**31 - 1  # of a size: XLA indexes with 32 bits
 _TRIED = 100_000  # divisors up to here are found, and their counterparts
 _LISTED = 12
 _SHOWN = 60  # characters of an invalid value in a message
 
 
-class FieldError(ValueError):
+class FieldError(UserError):
     """An invalid field value. `field` is relative to the dataclass that raises."""
 
     def __init__(self, field: str, problem: str = ""):  # exceptions are copied by message alone
@@ -124,4 +126,6 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
         return f"a number of {value.bit_length()} bits"
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
