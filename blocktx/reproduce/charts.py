@@ -49,8 +49,10 @@ def _draw(axes: Axes, chart: Chart) -> None:
                 label, (x, y), (6, 5), textcoords="offset points", fontsize=8, color=color
             )
     _set_scales(axes, chart)
+    if any(series.point_labels for series in chart.series):
+        axes.margins(x=0.18, y=0.12)
     if sum(bool(series.label) for series in chart.series) > 1:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="best")
     axes.set(title=chart.title, xlabel=chart.xlabel, ylabel=chart.ylabel)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -54,16 +54,19 @@ def study(base: Base) -> Study:
             memory = _memory(models, speed)
             header.append(f"{setting}: MB a row")
             for row, name in zip(rows, runs, strict=True):
-                row.append(f"{memory[name][0] / 1e6:.2f}")
-            charts.append(_chart(setting, "cache and logits (bytes a row)", models, losses, memory))
+                row.append(f"{memory[name][0]:.2f}")
+            picture = common.setting(speed)
+            of_memory = _chart(picture, "cache and logits (MB a row)", models, losses, memory)
             if not results.rates(speed.name):
+                charts.append(of_memory)
                 continue
             rates = results.speeds[speed.name]["repeats"]
             header.append(f"{setting}: tokens/s")
             for row, name in zip(rows, runs, strict=True):
                 row.append(f"{statistics.median(rates[name]):.0f}")
             checks += _gains(setting, models, losses, rates)
-            charts.append(_chart(setting, "generated tokens per second", models, losses, rates))
+            of_speed = _chart(picture, "generated tokens per second", models, losses, rates)
+            charts += [of_speed, of_memory]
         pictures = [Panels("frontier", "Loss against throughput and memory", charts)]
         return Found(checks, header, rows, pictures)
 
@@ -130,10 +133,13 @@ def _label(model: ModelConfig) -> str:
 
 
 def _memory(models: dict[str, ModelConfig], speed: Speed) -> dict[str, list[float]]:
-    return {
-        name: [float(benchmark.counted_bytes(config, speed.prompt_tokens[name], speed.new_tokens))]
-        for name, config in models.items()
-    }
+    """Return counted MB of the cache and the logits of one row, by model."""
+    memory = {}
+    for name, config in models.items():
+        prompt, new = speed.prompt_tokens[name], speed.new_tokens
+        roomy = benchmark.with_room(config, prompt + new)
+        memory[name] = [benchmark.counted_bytes(roomy, prompt, new) / 1e6]
+    return memory
 
 
 def _families(models: dict[str, ModelConfig]) -> dict[str, list[str]]:
@@ -160,7 +166,10 @@ def _chart(
                 [statistics.median(x[name]) for name in names],
                 [losses[name] for name in names],
                 joined=len(names) > 1,
-                point_labels=[_label(models[name]).rpartition(", ")[2] for name in names],
+                point_labels=[
+                    _label(models[name]).rpartition(", ")[2].removeprefix("vanilla ")
+                    for name in names
+                ],
                 x_range=[(min(x[name]), max(x[name])) for name in names],
             )
         )
