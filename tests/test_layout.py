@@ -32,8 +32,8 @@ IMPORTS: dict[str, str] = {
     "serve": "config model decode evaluate",
     "inspect_model": "config plotting ops model",
     "lm_eval": "decode evaluate",
-    "reproduce": "config plotting files chips cost parallel data ops model checkpoint decode evaluate train "
-    "benchmark convert inspect_model",
+    "reproduce": "config plotting files chips cost parallel data ops model checkpoint decode "
+    "evaluate train benchmark convert inspect_model",
     "command_line": "config parallel",
 }
 
