@@ -84,7 +84,7 @@ def test_block_greedy(block_case):
         prompt, mask = expected[f"{case}_input_ids"], expected[f"{case}_attention_mask"]
         full = expected[f"{case}_generated_consistent_full"]
         assert (full[:, : prompt.shape[1]] == prompt).all()
-        generated = generate(net, params, prompt, mask, full.shape[1])
+        generated = greedy(net, params, prompt, mask, full.shape[1])
         np.testing.assert_array_equal(generated, full[:, prompt.shape[1] :], err_msg=case)
 
 
@@ -95,7 +95,7 @@ def test_block_greedy_to_the_end_of_sequence(block_case):
     theirs = expected["genEOS_generated_consistent"]
     assert (theirs[:, : prompt.shape[1]] == prompt).all()
     mask = np.ones_like(prompt)
-    generated = generate(net, params, prompt, mask, theirs.shape[1], stop=[end])
+    generated = greedy(net, params, prompt, mask, theirs.shape[1], stop=[end])
     for ours_T, theirs_T in zip(generated, theirs[:, prompt.shape[1] :], strict=True):
         if end in theirs_T.tolist():
             length = theirs_T.tolist().index(end) + 1
@@ -155,5 +155,5 @@ def test_vanilla_greedy(vanilla_case):
         prompt = expected[f"{case}_input_ids"]
         mask = expected.get(f"{case}_attention_mask", np.ones_like(prompt))
         full = expected[f"{case}_generated"]
-        generated = generate(net, params, prompt, mask, full.shape[1])
+        generated = greedy(net, params, prompt, mask, full.shape[1])
         np.testing.assert_array_equal(generated, full[:, prompt.shape[1] :], err_msg=case)
