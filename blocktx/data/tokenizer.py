@@ -1,14 +1,17 @@
 """Text to token ids and back: a thin layer over `tokenizers.Tokenizer`."""
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from blocktx.files import write_whole
+from blocktx.files import write_atomic
 
 
 class Tokenizer:
@@ -32,6 +35,7 @@ class Tokenizer:
                     f"use one of {', '.join(map(repr, special)) or '(it has none)'}"
                 )
         self._tokenizer = tokenizer
+        self.special_tokens = (end_token, pad_token)
         self.end_id: int = special[end_token]
         self.pad_id: int = special[pad_token]
 
@@ -115,6 +119,22 @@ class Tokenizer:
         """The text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def byte_lengths(self) -> np.ndarray:
+        """Return the UTF-8 bytes of each id's text, int64 [vocab_size]; special tokens have 0.
+
+        Exact for byte-level tokenizers; others may add or strip spaces when they decode.
+        """
+        lengths = np.zeros(self.vocab_size, np.int64)
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        for token, id_ in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):  # byte fallback
+                lengths[id_] = 1
+            else:  # a byte-level token has a character for each byte
+                lengths[id_] = len(token if byte_level else token.replace("▁", " ").encode())
+        for id_, token in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[id_] = 0 if token.special else len(token.content.encode())
+        return lengths
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a tokenizer.json that `load` takes: all of it or nothing."""
-        write_whole(path, self._tokenizer.to_str(pretty=True))
+        write_atomic(path, self._tokenizer.to_str(pretty=True))

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 from matplotlib.figure import Figure
 
-from blocktx.files import write_png, write_whole
+from blocktx.files import write_atomic, write_png
 from blocktx.reproduce.study import Chart, Found, Results, Study
 
 RESULTS, PAGE = "results.json", "README.md"
@@ -24,7 +24,7 @@ def write_results(
 ) -> None:
     """Writes all that a report is made from; `flags` are those that say at what scale."""
     content = {"flags": flags, "seeds": list(seeds)} | dataclasses.asdict(results)
-    write_whole(epath.Path(folder) / RESULTS, json.dumps(content, indent=1) + "\n")
+    write_atomic(epath.Path(folder) / RESULTS, json.dumps(content, indent=1) + "\n")
 
 
 def read_results(folder: epath.PathLike) -> tuple[Results, str, list[int]]:
@@ -96,7 +96,7 @@ def write_report(
             *sections,
         ]
     )
-    write_whole(folder / PAGE, page + "\n")
+    write_atomic(folder / PAGE, page + "\n")
     return folder / PAGE
 
 

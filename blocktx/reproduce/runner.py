@@ -17,7 +17,7 @@ from blocktx.convert import uptrain
 from blocktx.cost import count_params
 from blocktx.data import prepare
 from blocktx.evaluate import heldout_evaluation, position_curve, text_sums
-from blocktx.files import write_whole
+from blocktx.files import write_atomic
 from blocktx.model import build
 from blocktx.parallel import create_mesh
 from blocktx.reproduce.study import Results, Run, Speed, Study
@@ -150,7 +150,7 @@ def _write(path: epath.Path, asked: dict[str, Any], result: dict[str, Any] | Non
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         result = result | {"made": f"{datetime.date.today()}, {device}, jax {jax.__version__}"}
     if jax.process_index() == 0:
-        write_whole(path, json.dumps({"result": result, "asked": asked}, indent=2) + "\n")
+        write_atomic(path, json.dumps({"result": result, "asked": asked}, indent=2) + "\n")
 
 
 def _train(run: Run, seed: int, workdir: epath.Path) -> None:
