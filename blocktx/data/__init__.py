@@ -6,7 +6,8 @@ Knows no JAX. Reading order:
       text_files.py   text and JSON Lines, plain or compressed
       tables.py       Parquet, ArrayRecord, Hugging Face datasets
       megatron.py     Megatron's .bin/.idx, and synthetic tokens
-    tokenizer.py    tokenizers and special tokens
+    tokenizer.py    text to token ids and back
+    tokenizer_files.py  tokenizer.json and the files beside it
     preparation.py  sources tokenized into a prepared folder, on several processes and hosts:
       tokenize_part.py, preparation_progress.py, folder_lock.py
     manifest.py     what is in a prepared folder
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
     from blocktx.data.preparation import prepare_folder
     from blocktx.data.sources import parse_sources
     from blocktx.data.tokenizer import Tokenizer
+    from blocktx.data.tokenizer_files import copy_tokenizer
 
 __all__ = [
     "PACKING",
     "Corpus",
     "Documents",
     "Tokenizer",
+    "copy_tokenizer",
     "heldout_batches",
     "heldout_size",
     "parse_sources",
@@ -66,6 +69,7 @@ _MODULES = {
     "preparation": ("prepare_folder",),
     "sources": ("parse_sources",),
     "tokenizer": ("Tokenizer",),
+    "tokenizer_files": ("copy_tokenizer",),
 }
 
 

@@ -91,7 +91,7 @@ def prepare_folder(
             if (folder / MANIFEST).exists():
                 return Manifest.load(folder)
             tokenizer.save(folder / "tokenizer.json")
-            job = _Job(folder, tuple(groups), text_field, *tokenizer.special_tokens)
+            job = _Job(folder, tuple(groups), text_field, tokenizer.end_token, tokenizer.pad_token)
             _tokenize(job, tokenizer, workers, task, skip_bad)
             return _finish(folder, sources, tokenizer, text_field, len(groups))
     except OSError as error:
@@ -155,7 +155,7 @@ def _check_plan(
         "files": hashlib.sha256(files.encode()).hexdigest(),
         "text_field": text_field,
         "tokenizer": tokenizer.fingerprint,
-        "special_tokens": list(tokenizer.special_tokens),
+        "special_tokens": [tokenizer.end_token, tokenizer.pad_token],
         "part_bytes": part_bytes,
         "parts": parts,
     }
