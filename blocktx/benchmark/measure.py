@@ -15,7 +15,7 @@ from blocktx import cost
 from blocktx.benchmark.machine import Machine
 from blocktx.config import BlockConfig, ModelConfig, VanillaConfig
 from blocktx.decode import Prompts, Sampling, advance, generate, place_prompts, prefill
-from blocktx.model import Model, build, init_params, separate_layers
+from blocktx.model import Model, build, for_decoding, init_params
 
 SETTINGS = {"prefill_heavy": (2048, 128), "decode_heavy": (128, 2048)}  # of the paper, section 3
 
@@ -74,7 +74,7 @@ def random_model(config: ModelConfig) -> tuple[Model, dict]:
     """A model with new weights, ready to decode: speed does not depend on what they are."""
     model = build(config)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    return separate_layers(model, params)
+    return for_decoding(model, params)
 
 
 def with_room(config: ModelConfig, tokens: int, dtype: str | None = None) -> ModelConfig:

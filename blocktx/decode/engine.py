@@ -15,7 +15,7 @@ from blocktx.data import Tokenizer
 from blocktx.decode.generate import Generated, generate_blocks
 from blocktx.decode.prompts import Placement
 from blocktx.decode.stream import TextStream
-from blocktx.model import build, separate_layers
+from blocktx.model import build, for_decoding
 
 _LOOK_EVERY = 8  # blocks between two looks for a stop string
 
@@ -53,7 +53,7 @@ class Engine:
 
     def __init__(self, config: RunConfig, params: dict[str, Any], tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.model, self.params = separate_layers(build(config.model), params)
+        self.model, self.params = for_decoding(build(config.model), params)
         self.config = dataclasses.replace(config, model=self.model.config)
 
     def generate(

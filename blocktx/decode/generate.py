@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from blocktx.decode.loop import DecodeState, advance, prefill
 from blocktx.decode.prompts import Placement, Prompts, place_prompts
 from blocktx.decode.sampling import Sampling
-from blocktx.model import Model, separate_layers
+from blocktx.model import Model, for_decoding
 from blocktx.parallel import MESH_AXES, batch_parts, batch_sharding
 
 _ALL = 2**31 - 1  # blocks
@@ -74,7 +74,7 @@ def generate_blocks(
 
     Args:
       model: a model. With `scan_layers` its layers are taken apart here, at every call; do it once
-        (`separate_layers`, as `blocktx.load` does) if there will be many.
+        (`for_decoding`, as `blocktx.load` does) if there will be many.
       params: its parameters; where they are spread over a mesh, so is the work.
       tokens_BxT: int prompts, each at the right end of its row.
       mask_BxT: 1 for the prompt's tokens, 0 for the padding before them.
@@ -123,7 +123,7 @@ def generate_blocks(
     seeds = ((0, len(prompts.end_B) - rows), (0, 0))
     sampling = sampling.replace(seed_Bx2=np.pad(sampling.seed_Bx2, seeds))
     if config.scan_layers:
-        model, params = separate_layers(model, params)
+        model, params = for_decoding(model, params)
 
     def run() -> Iterator[Generated]:
         with _set(mesh):

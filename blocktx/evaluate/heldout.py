@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from blocktx.config import RunConfig
 from blocktx.data import Corpus, Documents, heldout_batches, heldout_size, text_batches
-from blocktx.model import Model, token_nats
+from blocktx.model import Model, token_losses
 from blocktx.parallel import HostRows, batch_parts, constrain
 
 
@@ -114,7 +114,7 @@ def _sums(
     mask_BxNxK: jax.Array,
     first_B: jax.Array | None,
 ) -> jax.Array:
-    nats_BxMxK, scored_BxMxK = token_nats(model, params, tokens_BxNxK, mask_BxNxK)
+    nats_BxMxK, scored_BxMxK = token_losses(model, params, tokens_BxNxK, mask_BxNxK)
     if first_B is not None:
         blocks_M = jnp.arange(1, tokens_BxNxK.shape[1])
         scored_BxMxK &= (blocks_M >= first_B[:, None])[..., None]

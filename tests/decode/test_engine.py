@@ -46,7 +46,7 @@ def test_load(trained, below):
     )
     saved = Tokenizer.load(workdir / "tokenizer.json", config.data.end_token, config.data.pad_token)
     assert engine.tokenizer.fingerprint == saved.fingerprint
-    _, expected = blocktx.model.params.separate_layers(engine.model, state.params)
+    _, expected = blocktx.model.params.for_decoding(engine.model, state.params)
     jax.tree.map(np.testing.assert_array_equal, engine.params, expected)
 
 
