@@ -1,11 +1,13 @@
 """How is a model and a run described?
 
+distill.py frozen dataclasses of distillation
 errors.py  the error for mistakes that only a person can correct
 model.py   frozen dataclasses of a model
 run.py     frozen dataclasses of a run; conversion from and to ConfigDicts
 saved.py   configurations in files, of this version and older ones
 """
 
+from blocktx.config.distill import DistillConfig, Multipliers, StageConfig
 from blocktx.config.errors import UserError, user_errors
 from blocktx.config.model import (
     BlockConfig,
@@ -34,15 +36,18 @@ __all__ = [
     "FORMAT_VERSION",
     "BlockConfig",
     "DataConfig",
+    "DistillConfig",
     "EmbedderConfig",
     "EncoderConfig",
     "FieldError",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
+    "Multipliers",
     "OptimizerConfig",
     "RunConfig",
     "StackConfig",
+    "StageConfig",
     "TrainingConfig",
     "UserError",
     "VanillaConfig",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
+from blocktx.config.distill import NO_DISTILLATION, DistillConfig, Multipliers, check_multipliers
 from blocktx.config.errors import UserError
 from blocktx.config.model import (
     Dtype,
@@ -64,6 +65,9 @@ class OptimizerConfig:
     moment_dtype: Dtype = "float32"  # of the first moment
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
+    # (regular expression of parameter names, factor of their learning rate), the first that matches
+    # counts; 0 freezes. Such as (("token_decoder/embed/.*", 0.1), ("embedder/.*", 0.0)).
+    multipliers: Multipliers = ()
 
     def __post_init__(self):
         positive(self, "learning_rate", "eps")
@@ -76,6 +80,7 @@ class OptimizerConfig:
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
             require(0 <= value < 1, field, f"got {value}, must be at least 0 and below 1")
+        check_multipliers(self.multipliers, "multipliers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +157,7 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig = MeshConfig()
+    distill: DistillConfig = NO_DISTILLATION
     seed: int = 0
 
     def __post_init__(self):
@@ -169,6 +175,18 @@ class RunConfig:
                 f"loss.{field.name}",
                 f"got {value!r}, is for block models only; leave it at {field.default!r}",
             )
+        if self.distill.teacher:
+            self._check_distillation()
+
+    def _check_distillation(self) -> None:
+        require(self.model.kind == "block", "distill.teacher", "is for block models only")
+        for name in self.loss.weights:
+            field = name.removesuffix("_loss")
+            require(False, f"loss.{field}", "cannot be combined with distillation; turn it off")
+        try:
+            self.distill.check_steps(self.training.steps)
+        except FieldError as error:
+            raise FieldError(f"distill.{error.field}", error.problem) from None
 
 
 def to_config_dict(config: RunConfig) -> ml_collections.ConfigDict:
@@ -181,6 +199,8 @@ def to_config_dict(config: RunConfig) -> ml_collections.ConfigDict:
             value = getattr(node, field.name)
             if dataclasses.is_dataclass(value):
                 value = convert(value)
+            elif isinstance(value, tuple):  # flags reach a section in it by its index
+                value = tuple(convert(x) if dataclasses.is_dataclass(x) else x for x in value)
             elif value is None:  # a placeholder keeps the type, so that a flag can set the field
                 (kind,) = set(typing.get_args(hints[field.name])) - {type(None)}
                 value = config_dict.placeholder(kind)
@@ -268,6 +288,8 @@ def _convert(hint: Any, value: Any, path: str, required: Callable[[type, str], b
             return None
         (hint,) = set(typing.get_args(hint)) - {type(None)}
         return _convert(hint, value, path, required)
+    if typing.get_origin(hint) is tuple:
+        return _convert_tuple(typing.get_args(hint), value, path, required)
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if not isinstance(value, str) or value not in choices:
@@ -285,3 +307,17 @@ def _convert(hint: Any, value: Any, path: str, required: Callable[[type, str], b
     if hint is float and not math.isfinite(value):
         raise UserError(f"{path}: got {value!r}, expected a finite number")
     return value
+
+
+def _convert_tuple(
+    hints: tuple[Any, ...], value: Any, path: str, required: Callable[[type, str], bool]
+) -> tuple[Any, ...]:
+    """Return a sequence as `tuple[X, ...]` or `tuple[X, Y]` wants it."""
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{path}: got {_short(value)}, expected a sequence")
+    if hints[-1:] == (Ellipsis,):
+        hints = hints[:1] * len(value)
+    if len(value) != len(hints):
+        raise UserError(f"{path}: got {_short(value)}, expected {len(hints)} values")
+    pairs = zip(hints, value, strict=True)
+    return tuple(_convert(hint, x, f"{path}[{i}]", required) for i, (hint, x) in enumerate(pairs))

@@ -46,7 +46,9 @@ class Vanilla(nn.Module):
         The latter is the residual stream, before the final norm.
         """
         decode = over_batch(BlockDecoder.with_layer, (0, 0, None))
-        return decode(self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool), layer)
+        return decode(
+            self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool), layer
+        )
 
     def create_cache(self, batch: int, slots: int) -> Cache:
         return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
