@@ -38,6 +38,18 @@ class Vanilla(nn.Module):
             self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
         )
 
+    def hidden_and_layer(
+        self, tokens_BxT: jax.Array, mask_BxT: jax.Array, layer: int | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Return `hidden`, and the hidden state `[B, T, D]` after `layer` layers (None: none).
+
+        The latter is the residual stream, before the final norm.
+        """
+        decode = over_batch(BlockDecoder.with_layer, (0, 0, None))
+        return decode(
+            self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool), layer
+        )
+
     def create_cache(self, batch: int, slots: int) -> Cache:
         return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
 
