@@ -13,6 +13,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from blocktx import cost
+from blocktx.config.conversion import from_config_dict
 from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
@@ -20,7 +21,7 @@ from blocktx.config.model import (
     StackConfig,
     VanillaConfig,
 )
-from blocktx.config.run import LossConfig, RunConfig, TrainingConfig, from_config_dict
+from blocktx.config.run import LossConfig, RunConfig, TrainingConfig
 from blocktx.model.build import build, init_params
 from blocktx.model.loss import loss_by_position
 from blocktx.train.step import create_state, train_step

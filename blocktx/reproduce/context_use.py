@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from blocktx.data import Documents
 from blocktx.evaluate import position_curve
-from blocktx.model import Model, token_nats
+from blocktx.model import Model, token_losses
 from blocktx.parallel import HostRows, batch_parts, constrain
 
 _BINS = 16  # of the loss by place
@@ -91,7 +91,7 @@ def _score(
     half, quarter = blocks // 2, blocks // 4
 
     def nats(tokens_BxNxK: jax.Array) -> jax.Array:
-        return token_nats(model, params, tokens_BxNxK, jnp.ones(tokens_BxNxK.shape, bool))[0]
+        return token_losses(model, params, tokens_BxNxK, jnp.ones(tokens_BxNxK.shape, bool))[0]
 
     whole_BxNxK = tokens_BxLxK[:, :blocks]
     exchanged_BxNxK = whole_BxNxK.at[:, :half].set(jnp.roll(whole_BxNxK[:, :half], 1, 0))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from blocktx.files import write_png, write_whole
+from blocktx.files import write_atomic, write_png
 from blocktx.reproduce.charts import draw
 from blocktx.reproduce.study import Found, Results, Study
 
@@ -17,7 +17,7 @@ RESULTS, PAGE = "results.json", "README.md"
 def write_results(folder: epath.PathLike, results: Results, flags: str) -> None:
     """Write everything that a report is made from; `flags` are those that give the scale."""
     content = {"flags": flags, "runs": results.runs, "speeds": results.speeds}
-    write_whole(epath.Path(folder) / RESULTS, json.dumps(content, indent=1) + "\n")
+    write_atomic(epath.Path(folder) / RESULTS, json.dumps(content, indent=1) + "\n")
 
 
 def read_results(folder: epath.PathLike) -> tuple[Results, str]:
@@ -85,7 +85,7 @@ def write_report(
             *_all_runs(studies, results),
         ]
     )
-    write_whole(folder / PAGE, page + "\n")
+    write_atomic(folder / PAGE, page + "\n")
     return folder / PAGE
 
 

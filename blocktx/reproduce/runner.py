@@ -19,7 +19,7 @@ from blocktx.convert import uptrain
 from blocktx.cost import count_params, train_step
 from blocktx.data import Corpus, prepare
 from blocktx.evaluate import heldout_evaluation
-from blocktx.files import write_whole
+from blocktx.files import write_atomic
 from blocktx.model import Model, build
 from blocktx.parallel import create_mesh
 from blocktx.reproduce import asked
@@ -181,7 +181,7 @@ def _write(path: epath.Path, description: dict[str, Any], result: dict[str, Any]
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         result = result | {"made": f"{datetime.date.today()}, {device}, jax {jax.__version__}"}
     if jax.process_index() == 0:
-        write_whole(path, json.dumps({"result": result, "asked": description}, indent=2) + "\n")
+        write_atomic(path, json.dumps({"result": result, "asked": description}, indent=2) + "\n")
 
 
 def _train(run: Run, seed: int, workdir: epath.Path) -> None:

@@ -415,7 +415,7 @@ def test_context_use_of_a_model_without_context_is_nothing(base, data):
 
     for losses, used in ((nats, False), (remember, True)):
         with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-            patch.setattr(context_use, "token_nats", losses)
+            patch.setattr(context_use, "token_losses", losses)
             jax.clear_caches()
             found = context_use.context_use(Local, 1.0, corpus.heldout, mesh, batch_size=4)
         assert (found["fall"] != [0, 0]) == used
