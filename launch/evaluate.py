@@ -78,7 +78,7 @@ def main() -> None:
             batch_size=_BATCH_SIZE.value,
             stride=_STRIDE.value,
         )
-    evaluation = summary(sums, documents.text_bytes / len(documents.tokens))
+    evaluation = summary(sums, documents.text_bytes / documents.token_count)
     bins = position_curve(sums, _BIN.value)
     _print(evaluation, bins)
     if _PLOT.value:

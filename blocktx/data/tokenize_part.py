@@ -119,7 +119,7 @@ def tokenize_part(
 
     read = record.read
     try:
-        for batch in _encoded(documents, tokenizer):
+        for batch in encoded(documents, tokenizer):
             for piece in batch:
                 if writer is None:
                     writer = ShardWriter(dtype, folder / "shards", f"{number:05d}")
@@ -172,20 +172,37 @@ def _read(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
-    read: int  # documents read, this one included
+class TokenPiece:
+    """The tokens of a document, or of a piece of a long one.
+
+    Attributes:
+      read: documents read, this one included.
+      tokens: with the end token, if this is the end of the document.
+      text_bytes: UTF-8 bytes of this piece.
+      document_bytes: of the whole document, if this is the end of it.
+    """
+
+    read: int
     tokens: np.ndarray
     text_bytes: int
-    document_bytes: int | None  # of the whole document, if this is the end of it
+    document_bytes: int | None
 
 
-def _encoded(
+def encoded(
     documents: Iterable[tuple[int, Document, str]], tokenizer: Tokenizer
-) -> Iterator[list[_Piece]]:
-    """Yield the documents as tokens, each with the end token, in batches."""
+) -> Iterator[list[TokenPiece]]:
+    """Yield documents as tokens, each with the end token, in batches.
+
+    Args:
+      documents: the number of documents read, a document, and its file.
+      tokenizer: of the texts. Tokens are taken as they are.
+
+    Raises:
+      ValueError: tokens are not ids of the tokenizer.
+    """
     byte_lengths = None
     texts: list[tuple[int, str, bool]] = []  # to be encoded
-    batch: list[_Piece] = []
+    batch: list[TokenPiece] = []
     characters = document_bytes = 0
 
     def encode() -> None:
@@ -197,7 +214,7 @@ def _encoded(
             size = len(text.encode())
             document_bytes += size
             ids_T = np.frombuffer(array("I", tokens), np.uint32)
-            batch.append(_Piece(read, ids_T, size, document_bytes if last else None))
+            batch.append(TokenPiece(read, ids_T, size, document_bytes if last else None))
             if last:
                 document_bytes = 0
         texts.clear()
@@ -209,7 +226,7 @@ def _encoded(
                 byte_lengths = tokenizer.byte_lengths()
             tokens = _checked(document, len(byte_lengths), tokenizer.end_id, path)
             size = int(byte_lengths[tokens].sum())
-            batch.append(_Piece(read, tokens, size, size))
+            batch.append(TokenPiece(read, tokens, size, size))
             characters += len(tokens)
             document = ()
         for text, last in _with_last(pieces(document)):
