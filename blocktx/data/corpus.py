@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from blocktx.config import DataConfig
+from blocktx.config import DataConfig, UserError
 from blocktx.data import sources
 from blocktx.data.disk_cache import cached_folder
 from blocktx.data.documents import DocumentRange, Documents, split
@@ -86,7 +86,7 @@ def prepare(config: DataConfig, vocab_size: int) -> Corpus:
 
     Raises:
       FileNotFoundError: a source or the tokenizer is missing.
-      ValueError: a source is empty or cannot be read, the tokenizer lacks a special token, has
+      UserError: a source is empty or cannot be read, the tokenizer lacks a special token, has
         more ids than `vocab_size` or is not that of a prepared source, or the cache cannot be
         written to.
     """
@@ -96,7 +96,7 @@ def prepare(config: DataConfig, vocab_size: int) -> Corpus:
         heldout = parse_sources(config.heldout_source, "config.data.heldout_source")
     tokenizer = _tokenizer(config, training, heldout, vocab_size)
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"config.model.vocab_size: {vocab_size} is less than the {tokenizer.vocab_size} ids of "
             f"the tokenizer (config.data.tokenizer {config.tokenizer!r}); use "
             f"{tokenizer.vocab_size} or more"
@@ -174,7 +174,7 @@ def read_in_memory(source: str, text_field: str, tokenizer: Tokenizer) -> Docume
     """Return all documents of a source, none held out and nothing kept on disk, for evaluation.
 
     Raises:
-      FileNotFoundError, ValueError: as `blocktx.data.sources.read_documents`, or the source was
+      FileNotFoundError, UserError: as `blocktx.data.sources.read_documents`, or the source was
         prepared with another tokenizer.
     """
     if source.startswith(PREPARED):
@@ -221,13 +221,13 @@ def _open_prepared(spec: str, tokenizer: Tokenizer) -> tuple[epath.Path, Manifes
     manifest = Manifest.load(folder)
     found, wanted = manifest.tokenizer["fingerprint"], tokenizer.fingerprint
     if found != wanted:
-        raise ValueError(
+        raise UserError(
             f"config.data.source: {spec!r} was prepared with another tokenizer (fingerprint "
             f"{found[:12]}, not {wanted[:12]}); use --config.data.tokenizer="
             f"{folder / 'tokenizer.json'}, or prepare it again"
         )
     if manifest.tokenizer["end_id"] != tokenizer.end_id:
-        raise ValueError(
+        raise UserError(
             f"config.data.end_token: {spec!r} was prepared with the end token of id "
             f"{manifest.tokenizer['end_id']}, and {tokenizer.end_token!r} has id "
             f"{tokenizer.end_id}; use the same"
@@ -274,7 +274,7 @@ def train_tokenizer(
     """Return a tokenizer that is trained on the training documents of sources.
 
     Raises:
-      FileNotFoundError, ValueError: as `blocktx.data.sources.read_documents`.
+      FileNotFoundError, UserError: as `blocktx.data.sources.read_documents`.
     """
 
     def texts() -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.data.manifest import Shard
 from blocktx.data.shards import ShardWriter
 from blocktx.data.sources import Document, Part, read_part, without_blank
@@ -46,7 +47,7 @@ class PartRecord:
         except FileNotFoundError:
             return cls()
         except ValueError as error:
-            raise ValueError(f"{path}: damaged: {error}; remove it") from None
+            raise UserError(f"{path}: damaged: {error}; remove it") from None
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         return cls(**content)
 
@@ -83,7 +84,7 @@ def tokenize_part(
       report: called after every batch; an exception that it raises ends the work.
 
     Raises:
-      ValueError: a source is damaged, or tokens are not ids of the tokenizer.
+      UserError: a source is damaged, or tokens are not ids of the tokenizer.
     """
     path = folder / "parts" / f"{number:05d}.json"
     record = PartRecord.load(path)
@@ -198,7 +199,7 @@ def encoded(
       tokenizer: of the texts. Tokens are taken as they are.
 
     Raises:
-      ValueError: tokens are not ids of the tokenizer.
+      UserError: tokens are not ids of the tokenizer.
     """
     byte_lengths = None
     texts: list[tuple[int, str, bool]] = []  # to be encoded
@@ -257,7 +258,7 @@ def _checked(tokens: np.ndarray, vocab_size: int, end_id: int, path: str) -> np.
     """Return the tokens of a document, with the end token if they do not end with it."""
     low, high = tokens.min(), tokens.max()
     if low < 0 or high >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{path}: a token has id {low if low < 0 else high}, and the tokenizer's ids are 0 to "
             f"{vocab_size - 1}: the tokens are of another tokenizer"
         )
