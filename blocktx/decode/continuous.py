@@ -100,6 +100,11 @@ class ContinuousDecoder:
         return sum(request is not None for request in self._requests)
 
     @property
+    def in_flight(self) -> bool:
+        """Whether a device call was started and not finished."""
+        return self._in_flight is not None
+
+    @property
     def slots_used(self) -> int:
         """Cache slots that hold blocks of requests in rows, of `rows * config.blocks`."""
         return sum(request.length for request in self._requests if request)
