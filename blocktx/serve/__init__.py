@@ -9,12 +9,14 @@ scoring.py     log-probabilities of prompts
 metrics.py     Prometheus metrics
 scheduler.py   the thread that owns the device: queue, rows, time limits
 handlers.py    a request from its body to its answer or stream
-server.py      HTTP routes, start, drain and stop
+app.py         HTTP routes
+server.py      start, drain and stop
 
 The device part, `ContinuousDecoder`, is in `blocktx.decode`, where `Engine.generate` uses it too.
 Needs the extra `serve`.
 """
 
-from blocktx.serve.server import ServeConfig, serve
+from blocktx.serve.app import ServeConfig
+from blocktx.serve.server import serve
 
 __all__ = ["ServeConfig", "serve"]

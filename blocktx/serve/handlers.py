@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Callable
@@ -95,10 +96,8 @@ class Handlers:
         choices: list[_Choice] = []
 
         def emit(index: int, event: Event) -> None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
-            except RuntimeError:  # the loop is closed: nobody waits any more
-                pass
 
         for prompt in completion.prompts:
             ids = await self.in_thread(encode, prompt)
@@ -111,9 +110,7 @@ class Handlers:
                 logprobs = None
                 if completion.logprobs is not None:
                     before = [] if completion.echo else ids
-                    logprobs = Logprobs(
-                        self._engine.tokenizer, completion.logprobs, completion.chat, before
-                    )
+                    logprobs = Logprobs(self._engine, completion.logprobs, completion.chat, before)
                 choices.append(_Choice(job, echo, logprobs))
         return choices
 

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from blocktx.data import Tokenizer
+from blocktx.decode import Engine
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 DONE = b"data: [DONE]\n\n"
@@ -70,9 +70,9 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
 class Logprobs:
     """Log-probabilities of one choice, formatted as its tokens come."""
 
-    def __init__(self, tokenizer: Tokenizer, top: int, chat: bool, before: Sequence[int]):
+    def __init__(self, engine: Engine, top: int, chat: bool, before: Sequence[int]):
         """Begin after the tokens `before`; `top` is the number of most likely tokens to list."""
-        self._tokenizer, self._top, self._chat = tokenizer, top, chat
+        self._tokenizer, self._top, self._chat = engine.tokenizer, top, chat
         self._ids, self._offset = list(before), 0
 
     def format(
@@ -80,7 +80,6 @@ class Logprobs:
         tokens: Sequence[int],
         logprobs: Sequence[float | None],
         top: Sequence[list[tuple[int, float]] | None],
-        skip_text: int = 0,
     ) -> dict[str, Any]:
         """Return the object for new tokens.
 
@@ -88,9 +87,7 @@ class Logprobs:
           tokens: new tokens.
           logprobs: theirs, None for a token that is not predicted.
           top: most likely tokens, likeliest first, and their log-probabilities.
-          skip_text: characters to add to the offset first.
         """
-        self._offset += skip_text
         entries = []
         for token, logprob, likely in zip(tokens, logprobs, top, strict=True):
             entries.append((token, logprob, likely, self._offset))

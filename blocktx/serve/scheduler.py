@@ -69,7 +69,7 @@ class Scheduler:
         metrics: Metrics,
         queue: int,
     ):
-        """Create the scheduler; `start` starts it. `queue` is the largest number of waiting jobs."""
+        """Create the scheduler, without starting it; `queue` is the most jobs that may wait."""
         self._decoder, self._scorer, self._metrics = decoder, scorer, metrics
         self._block = engine.config.model.block_length
         self._size = queue
