@@ -44,7 +44,7 @@ from blocktx.evaluate import (
     running_text_sums,
     summary,
 )
-from blocktx.files import write_whole
+from blocktx.files import write_atomic
 from blocktx.model import build
 from blocktx.parallel import create_mesh
 from blocktx.progress_bar import ProgressBar, until_interrupted
@@ -110,7 +110,7 @@ def _evaluate() -> bool:
     config, tokenizer = loaded.config.model, load_tokenizer(loaded)
     bin_tokens = _BIN.value or default_bin(config.context_length, config.block_length)
     documents = read_in_memory(_DATA.value, _TEXT_FIELD.value, tokenizer)
-    with jax.set_mesh(mesh), ProgressBar(total=len(documents.tokens), unit=" tokens") as bar:
+    with jax.set_mesh(mesh), ProgressBar(total=documents.token_count, unit=" tokens") as bar:
         running = running_text_sums(
             build(config),
             loaded.params,
@@ -121,10 +121,10 @@ def _evaluate() -> bool:
             stride=_STRIDE.value,
         )
         sums, finished = until_interrupted(running, lambda sums: bar.count(sums[1].sum()))
-    evaluation = summary(sums, documents.text_bytes / len(documents.tokens))
+    evaluation = summary(sums, documents.text_bytes / documents.token_count)
     bins = position_curve(sums, bin_tokens)
     if not finished:
-        share = evaluation.tokens / len(documents.tokens)
+        share = evaluation.tokens / documents.token_count
         print(f"interrupted: of the first {share:.1%} of the text")
     _print(evaluation, bins)
     if _PLOT.value:
@@ -143,7 +143,7 @@ def _evaluate() -> bool:
             "stride": _STRIDE.value,
             "finished": finished,
         }
-        write_whole(_JSON.value, json.dumps(found, indent=2) + "\n")
+        write_atomic(_JSON.value, json.dumps(found, indent=2) + "\n")
     return finished
 
 
@@ -174,7 +174,7 @@ def _compare() -> bool:
         print(f"\nplot: {plot_report(report, bin_tokens, _PLOT.value)}")
     if _JSON.value:
         found = report.numbers() | {"data": _DATA.value, "finished": finished}
-        write_whole(_JSON.value, json.dumps(found, indent=2) + "\n")
+        write_atomic(_JSON.value, json.dumps(found, indent=2) + "\n")
     return finished
 
 

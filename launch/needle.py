@@ -17,7 +17,7 @@ from blocktx import command_line
 from blocktx.config import DataConfig
 from blocktx.data import read_in_memory
 from blocktx.evaluate import DEPTHS, PROMPTS, plot_accuracy, running_needle
-from blocktx.files import write_whole
+from blocktx.files import write_atomic
 from blocktx.progress_bar import ProgressBar, until_interrupted
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -71,7 +71,7 @@ def main() -> None:
             "accuracy": dict(zip(PROMPTS, shares, strict=True)),
             "finished": finished,
         }
-        write_whole(_JSON.value, json.dumps(out, indent=2) + "\n")
+        write_atomic(_JSON.value, json.dumps(out, indent=2) + "\n")
     if not finished:
         raise KeyboardInterrupt
 

@@ -114,15 +114,17 @@ def comparison_rows(models: Sequence[Model], documents: Documents, placement: Pl
 
 
 def _count_rows(documents: Documents, layout: _Layout) -> int:
-    lengths = np.diff(documents.offsets) - layout.first
+    ids = documents.ids()
+    lengths = documents.offsets[ids + 1] - documents.offsets[ids] - layout.first
     new = layout.length - layout.first
     return int((-(-lengths[lengths > 0] // new)).sum())
 
 
 def _rows(documents: Documents, layout: _Layout) -> Iterator[np.ndarray]:
-    for begin, end in zip(documents.offsets, documents.offsets[1:], strict=False):
-        for start in range(begin, end - layout.first, layout.length - layout.first):
-            yield documents.tokens[start : min(start + layout.length, end)]
+    for id_ in documents.ids():
+        begin, end = map(int, documents.offsets[id_ : id_ + 2])
+        starts = range(begin, end - layout.first, layout.length - layout.first)
+        yield from documents.read([(i, min(i + layout.length, end)) for i in starts])
 
 
 def _run(
@@ -133,7 +135,7 @@ def _run(
     pad_id: int,
     batch_size: int,
 ) -> Iterator[tuple[Comparison, int]]:
-    bytes_per_token = documents.text_bytes / len(documents.tokens)
+    bytes_per_token = documents.text_bytes / documents.token_count
     total_7xT, done = 0, 0
     rows = list(_rows(documents, layout))
     for start in range(0, len(rows), batch_size):

@@ -101,12 +101,15 @@ def _texts(documents: Documents, count: int, length: int) -> list[list[int]]:
     """Return up to `count` stretches of `length` tokens, at most one that begins in each window."""
     starts = [
         start
-        for begin, end in zip(documents.offsets, documents.offsets[1:], strict=False)
-        for start in range(int(begin), int(end) - length, length)
+        for id_ in documents.ids()
+        for start in range(
+            int(documents.offsets[id_]), int(documents.offsets[id_ + 1]) - length, length
+        )
     ]
     if len(starts) > count:
         starts = [starts[i * len(starts) // count] for i in range(count)]
-    return [documents.tokens[start : start + length].tolist() for start in starts]
+    found = documents.read([(start, start + length) for start in starts])
+    return [np.asarray(tokens).tolist() for tokens in found]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

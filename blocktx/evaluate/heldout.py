@@ -17,7 +17,7 @@ from tqdm import tqdm
 from blocktx.config import RunConfig
 from blocktx.data import Corpus, Documents, heldout_batches, heldout_size, text_batches
 from blocktx.evaluate.next_logits import cross_entropy, map_logits
-from blocktx.model import Model, scored
+from blocktx.model import Model, loss_mask
 from blocktx.parallel import HostRows, batch_parts, constrain
 
 
@@ -138,7 +138,7 @@ def _sums(
     first_B: jax.Array | None,
 ) -> jax.Array:
     mask_BxNxK = mask_BxNxK.astype(bool)
-    scored_BxMxK = scored(mask_BxNxK)
+    scored_BxMxK = loss_mask(mask_BxNxK)
     if first_B is not None:
         blocks_M = jnp.arange(1, tokens_BxNxK.shape[1])
         scored_BxMxK &= (blocks_M >= first_B[:, None])[..., None]
@@ -203,7 +203,7 @@ def running_text_sums(
     )
     if batches is None:
         raise ValueError(
-            f"the text is {len(documents.tokens)} token{'s' * (len(documents.tokens) > 1)} long "
+            f"the text is {documents.token_count} token{'s' * (documents.token_count > 1)} long "
             "(with its end), which is one block, and the first block is never predicted; use more "
             f"than {model.config.block_length} tokens"
         )
@@ -231,7 +231,7 @@ def heldout_evaluation(
         return None
 
     def evaluate_heldout(step: int, params: dict[str, Any]) -> dict[str, float]:
-        bytes_per_token = documents.text_bytes / len(documents.tokens)
+        bytes_per_token = documents.text_bytes / documents.token_count
         evaluation = evaluate(model, params, map(host_rows.place, batches), bytes_per_token)
         if jax.process_index() == 0:
             tqdm.write(f"held-out step={step} {evaluation}")  # to stdout, above the bar
