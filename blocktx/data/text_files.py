@@ -218,9 +218,11 @@ def pieces(document: str | Iterable[str]) -> Iterator[str]:
         if len(document) <= 2 * size:
             yield document
             return
-        document = (document[i : i + size] for i in range(0, len(document), size))
+        stream = (document[i : i + size] for i in range(0, len(document), size))
+    else:
+        stream = document
     buffer = ""
-    for text in document:
+    for text in stream:
         buffer += text
         while len(buffer) > 2 * _PIECE_CHARACTERS:
             cut = _cut(buffer)

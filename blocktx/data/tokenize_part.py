@@ -121,7 +121,8 @@ def tokenize_part(
     try:
         for batch in _encoded(documents, tokenizer):
             for piece in batch:
-                writer = writer or ShardWriter(dtype, folder / "shards", f"{number:05d}")
+                if writer is None:
+                    writer = ShardWriter(dtype, folder / "shards", f"{number:05d}")
                 writer.add(piece.tokens)
                 if piece.document_bytes is not None:
                     read = piece.read
