@@ -30,7 +30,7 @@ from blocktx.checkpoint.folder import (
 )
 from blocktx.checkpoint.safetensors import is_safetensors, read_config, read_params
 from blocktx.config import ModelConfig, RunConfig, to_dict
-from blocktx.data import Tokenizer
+from blocktx.data import Tokenizer, copy_tokenizer
 from blocktx.model import abstract_params
 
 
@@ -60,7 +60,7 @@ def save_params(
       config: of the run; only `model` and the special tokens in `data` mean anything.
       params: nested dict of arrays, of numpy or JAX.
       step: the number that the checkpoint gets.
-      tokenizer: a tokenizer.json to copy into the folder.
+      tokenizer: a tokenizer.json to copy into the folder, with the files that accompany it.
 
     Raises:
       FileExistsError: if there is something at `workdir`.
@@ -77,7 +77,7 @@ def save_params(
             )
         (unfinished / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         if tokenizer is not None:
-            epath.Path(tokenizer).expanduser().copy(unfinished / "tokenizer.json")
+            copy_tokenizer(tokenizer, unfinished)
 
 
 def load_params(

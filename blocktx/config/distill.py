@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from blocktx.config.model import not_negative, positive, require
+from blocktx.config.fields import check_fields, not_negative, positive, require
 
 # (regular expression of whole parameter names, factor of the learning rate); 0 freezes.
 Multipliers = tuple[tuple[str, float], ...]
@@ -30,6 +30,7 @@ class StageConfig:
     multipliers: Multipliers = ()  # on top of optimizer.multipliers
 
     def __post_init__(self):
+        check_fields(self)
         if self.steps is not None:
             positive(self, "steps")
         weights = ("cross_entropy_weight", "kl_weight", "hidden_weight")
@@ -53,6 +54,7 @@ class DistillConfig:
     stages: tuple[StageConfig, ...] = (StageConfig(),)
 
     def __post_init__(self):
+        check_fields(self)
         positive(self, "temperature")
         if self.hidden_layer is not None:
             positive(self, "hidden_layer")

@@ -8,8 +8,13 @@ from blocktx.config import ModelConfig, StackConfig
 from blocktx.model.cache import Cache, causal_mask
 from blocktx.model.stack import Stack
 
-# Of `BlockDecoder.extend` over a batch: all rows are written at the same slot.
-EXTEND_AXES = (0, 0, 0, None, 0)
+
+def extend_axes(slot: jax.Array | int) -> tuple[int | None, ...]:
+    """Return the batch axes of `BlockDecoder.extend`; `slot` is one for all rows, or one per row.
+
+    One for all is an update slice. One per row is a scatter, which a TPU does row after row.
+    """
+    return (0, 0, 0, 0 if jnp.ndim(slot) else None, 0)
 
 
 class BlockDecoder(nn.Module):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from blocktx.config import VanillaConfig
-from blocktx.model.block_decoder import EXTEND_AXES, BlockDecoder
+from blocktx.model.block_decoder import BlockDecoder, extend_axes
 from blocktx.model.cache import Cache, create_cache
 from blocktx.model.layers import classifier, embedding, over_batch
 from blocktx.parallel import constrain
@@ -63,7 +63,7 @@ class Vanilla(nn.Module):
         seen_BxS: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         del mask_BxNxK  # a token of padding is never in `seen_BxS`
-        return over_batch(BlockDecoder.extend, EXTEND_AXES)(
+        return over_batch(BlockDecoder.extend, extend_axes(slot))(
             self.decoder, self.embed(tokens_BxNxK), start_B, cache, slot, seen_BxS
         )
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from blocktx.config import BlockConfig, DistillConfig, ModelConfig, StackConfig, StageConfig
-from blocktx.model import BlockTransformer, Vanilla, scored
+from blocktx.model import BlockTransformer, Vanilla, loss_mask
 from blocktx.parallel import batch_parts, constrain
 
 _TOKENS = 4096  # per device whose logits exist at the same time
@@ -91,7 +91,7 @@ def distillation_sums(
     weights = distillation_weights(config, stage)
     # A last block that predicts nothing keeps slices and tiles whole.
     next_BxNxK, real_BxNxK = (jnp.roll(x, -1, axis=1) for x in (tokens_BxNxK, mask_BxNxK))
-    scored_BxNxK = jnp.pad(scored(mask_BxNxK), ((0, 0), (0, 1), (0, 0)))
+    scored_BxNxK = jnp.pad(loss_mask(mask_BxNxK), ((0, 0), (0, 1), (0, 0)))
 
     def student(net: BlockTransformer) -> tuple[jax.Array, jax.Array]:
         contexts_BxNxnD = net.contexts(tokens_BxNxK, mask_BxNxK)
@@ -124,7 +124,7 @@ def distillation_sums(
 
 def distillation_counts(mask_BxNxK: jax.Array, weights: dict[str, float]) -> dict[str, jax.Array]:
     """Return the numbers of tokens or blocks that `distillation_sums` are over; at least 1."""
-    scored_BxMxK = scored(mask_BxNxK.astype(bool))
+    scored_BxMxK = loss_mask(mask_BxNxK.astype(bool))
     tokens = scored_BxMxK.sum(dtype=jnp.float32)
     blocks = scored_BxMxK.any(-1).sum(dtype=jnp.float32)
     counts = {"loss": tokens, "kl_loss": tokens, "hidden_loss": blocks}

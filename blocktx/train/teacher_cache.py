@@ -1,7 +1,8 @@
 """Cached top-k probabilities of a teacher, one file per training step.
 
     folder/manifest.json       what the batches and the teacher depend on, and k
-    folder/00000012.npz        of step 12: int tokens and float16 log_probs, [B, N-1, K, k]
+    folder/00000012.npz        of step 12: int tokens and float16 log_probs, [B, N-1, K, k], and
+                               uint32 checksums [B] of the rows that they belong to
 
 The batch of a step follows from the configuration, so that files are found by step. A file is
 written whole or not at all, and writing goes on where it was interrupted.
@@ -9,6 +10,7 @@ written whole or not at all, and writing goes on where it was interrupted.
 
 import io
 import json
+import zlib
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from blocktx.config import RunConfig, UserError, to_dict
 from blocktx.data import Corpus, prepare, training_batches
 from blocktx.files import absolute, run_folder, write_whole
 from blocktx.parallel import HostRows, create_mesh
-from blocktx.train.distill import Teacher, top_log_probs
+from blocktx.train.distill import top_log_probs
 from blocktx.train.step import check_run
 from blocktx.train.teacher import load_teacher
 
@@ -53,19 +55,27 @@ class TeacherCache:
                 f"step {missing[0]} first; launch/cache_teacher.py goes on with it"
             )
 
-    def read(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return `rows` of `teacher_tokens` and `teacher_log_probs` of a step, from 0."""
+    def read(
+        self, step: int, batch: dict[str, np.ndarray], rows: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return `teacher_tokens` and `teacher_log_probs` of `batch`, which are `rows` of a step.
+
+        Raises:
+          UserError: the file cannot be read, or is of another batch.
+        """
         path = _file(self._folder, step)
+        again = "delete it and run launch/cache_teacher.py again"
         try:
             with np.load(io.BytesIO(path.read_bytes())) as file:
-                return {
-                    "teacher_tokens": file["tokens"][rows].astype(np.int32),
-                    "teacher_log_probs": file["log_probs"][rows],
-                }
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); delete it and run launch/cache_teacher.py again"
-            ) from error
+                found = {name: file[name][rows] for name in ("tokens", "log_probs", "checksums")}
+        except Exception as error:  # damage surfaces as whatever the layer that meets it raises
+            raise UserError(f"{path}: cannot be read ({error}); {again}") from error
+        if not np.array_equal(found["checksums"], _checksums(batch)):
+            raise UserError(f"{path}: is of another batch than step {step} of this run; {again}")
+        return {
+            "teacher_tokens": found["tokens"].astype(np.int32),
+            "teacher_log_probs": found["log_probs"],
+        }
 
 
 def write_cache(config: RunConfig, folder: epath.PathLike, top_k: int) -> epath.Path:
@@ -95,29 +105,40 @@ def write_cache(config: RunConfig, folder: epath.PathLike, top_k: int) -> epath.
     batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id)
     del key["top_k"]
     write_whole(folder / _MANIFEST, json.dumps({"key": key, "top_k": top_k}, indent=2) + "\n")
+    temperature = config.distill.temperature
+    token_dtype = np.uint16 if model.vocab_size <= 2**16 else np.int32
     top = jax.jit(top_log_probs, static_argnums=(3, 4))
     with jax.set_mesh(mesh):
         for step in tqdm(range(config.training.steps), unit=" steps", disable=None):
             batch, path = next(batches), _file(folder, step)
             if not path.exists():
                 placed = host_rows.place(batch)
-                _write(path, *_compute(top, teacher, placed, top_k, config))
+                found = top(teacher, placed["tokens"], placed["mask"], top_k, temperature)
+                _write(path, batch, *map(np.asarray, found), token_dtype)
     return folder
 
 
-def _compute(
-    top: Any, teacher: Teacher, batch: dict[str, jax.Array], top_k: int, config: RunConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    temperature = config.distill.temperature
-    tokens, log_probs = top(teacher, batch["tokens"], batch["mask"], top_k, temperature)
-    small = np.uint16 if config.model.vocab_size <= 2**16 else np.int32
-    return np.asarray(tokens).astype(small), np.asarray(log_probs).astype(np.float16)
-
-
-def _write(path: epath.Path, tokens: np.ndarray, log_probs: np.ndarray) -> None:
+def _write(
+    path: epath.Path,
+    batch: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    log_probs: np.ndarray,
+    token_dtype: type,
+) -> None:
     data = io.BytesIO()
-    np.savez(data, tokens=tokens, log_probs=log_probs)
+    np.savez(
+        data,
+        tokens=tokens.astype(token_dtype),
+        log_probs=log_probs.astype(np.float16),
+        checksums=_checksums(batch),
+    )
     write_whole(path, data.getvalue())
+
+
+def _checksums(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the checksum of each row's real tokens and of where they are."""
+    marked = np.where(batch["mask"], batch["tokens"], -1).astype(np.int32)
+    return np.array([zlib.crc32(row.tobytes()) for row in marked], np.uint32)
 
 
 def _file(folder: epath.Path, step: int) -> epath.Path:

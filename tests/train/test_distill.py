@@ -164,8 +164,9 @@ def test_no_gradient_reaches_the_teacher(student, teacher, batch):
 
 
 def test_partitioned_teacher_has_no_hidden_loss_with_blocks_of_one_token(teacher, batch):
-    config, params = uptrain(TEACHER, teacher.params, method="partition", block_length=1,
-                             block_layers=2)
+    config, params = uptrain(
+        TEACHER, teacher.params, method="partition", block_length=1, block_layers=2
+    )
     flat = {name: x.reshape(3, 24, 1) for name, x in batch.items()}
     settings = distill(stages=(ALL,))
     sums = distillation_sums(build(config), params, teacher, flat, settings, 0)
@@ -209,8 +210,7 @@ def test_stages_freeze_and_scale_by_pattern(teacher, batch):
         steps=2, hidden_weight=1.0, multipliers=((".*/stack/layers/.*", 0), ("embedder/.*", 0.5))
     )
     both, one = (
-        changes(step_config(stages=stages), teacher, batch)[0]
-        for stages in ((ALL,), (stage, ALL))
+        changes(step_config(stages=stages), teacher, batch)[0] for stages in ((ALL,), (stage, ALL))
     )
     for decoder in ("block_decoder", "token_decoder"):
         assert all((x == 0).all() for x in jax.tree.leaves(one[decoder]["stack"]["layers"]))
@@ -387,15 +387,18 @@ def test_teacher_must_know_the_tokenizer(data, source, tmp_path):
 
 
 def test_cached_teacher_trains_the_same_student(data, source, tmp_path):
-    config = run(data, source, stages=(StageConfig(cross_entropy_weight=0.0),), training=dict(steps=3))
+    config = run(
+        data, source, stages=(StageConfig(cross_entropy_weight=0.0),), training=dict(steps=3)
+    )
     cache = tmp_path / "cache"
     write_cache(config, cache, 300)
     cached = other_distill(cache=str(cache))(config)
     losses = []
     for name, one in (("teacher", config), ("cached", cached)):
         train(one, tmp_path / name)
-        losses.append([line["train/kl_loss"] for line in read(tmp_path / name) if
-                       "train/kl_loss" in line])
+        losses.append(
+            [line["train/kl_loss"] for line in read(tmp_path / name) if "train/kl_loss" in line]
+        )
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)  # float16 in the cache
 
 
