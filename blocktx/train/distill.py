@@ -87,6 +87,7 @@ def distillation_sums(
       config: the run's.
       stage: the index of the stage.
     """
+    teacher = jax.lax.stop_gradient(teacher)
     tokens_BxNxK, mask_BxNxK = part["tokens"], part["mask"].astype(bool)
     weights = distillation_weights(config, stage)
     # A last block that predicts nothing keeps slices and tiles whole.
@@ -167,7 +168,7 @@ def _run_teacher(
     batch, blocks, length = tokens_BxNxK.shape
     mask_BxT = mask_BxNxK.reshape(batch, -1)
     hidden_BxTxD, layer_BxTxD = teacher.model.apply(
-        {"params": jax.lax.stop_gradient(teacher.params)},
+        {"params": teacher.params},
         tokens_BxNxK.reshape(batch, -1),
         mask_BxT,
         layer,

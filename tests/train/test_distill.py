@@ -1,11 +1,9 @@
 """Distillation: losses against independent computation, stages, frozen parameters, runs, caches."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +18,7 @@ from blocktx.train.loop import train
 from blocktx.train.metrics import read
 from blocktx.train.optimizer import multipliers
 from blocktx.train.step import create_state, train_step
-from blocktx.train.teacher_cache import TeacherCache, write_cache
+from blocktx.train.teacher_cache import write_cache
 from tests.helpers import eight_devices
 from tests.helpers.random_weights import random_params
 from tests.helpers.tiny_run import MODEL, run_config
@@ -377,7 +375,7 @@ def test_teacher_must_know_the_tokenizer(data, source, tmp_path):
     for name in "ab":
         (tmp_path / "other" / f"{name}.txt").write_text("zebra quagga okapi " * 300)
     words = dataclasses.replace(data, source=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="trained with another tokenizer .*tokenizer.json"):
+    with pytest.raises(ValueError, match=r"trained with another tokenizer .*tokenizer\.json"):
         train(run(words, source), tmp_path / "run")
     shutil.copytree(source, tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()
@@ -418,10 +416,10 @@ def test_cache_goes_on_and_belongs_to_one_run(data, source, tmp_path):
     assert files[1].stat().st_mtime_ns == untouched
     with pytest.raises(ValueError, match="top_k: cached 4, now 5"):
         write_cache(config, cache, 5)
-    with pytest.raises(ValueError, match="config.seed: cached 0, now 1"):
+    with pytest.raises(ValueError, match=r"config\.seed: cached 0, now 1"):
         train(dataclasses.replace(cached, seed=1), tmp_path / "run")
     hotter = other_distill(temperature=2.0)(cached)
-    with pytest.raises(ValueError, match="config.distill.temperature: cached 1.0, now 2.0"):
+    with pytest.raises(ValueError, match=r"config\.distill\.temperature: cached 1\.0, now 2\.0"):
         train(hotter, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     files[1].write_bytes(before[1][:100])
