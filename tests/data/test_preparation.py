@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -10,14 +11,17 @@ import shutil
 
 import pytest
 
+from blocktx.config.errors import UserError
 from blocktx.config.run import DataConfig
 from blocktx.data import preparation, shards, tokenize_part
 from blocktx.data.corpus import prepare
 from blocktx.data.manifest import Manifest
+from blocktx.data.pipeline import training_batches
 from blocktx.data.preparation import prepare_folder
 from blocktx.data.shards import ShardedTokens
 from blocktx.data.tokenizer import Tokenizer
 from tests.helpers.megatron import write_megatron
+from tests.helpers.tiny_run import run_config
 from tests.helpers.token_lists import token_lists
 
 WORDS = ["block", "token", "context", "lookup", "prefix", "cache", "Grüße", "世界"]
@@ -274,6 +278,15 @@ def test_flipped_bits_are_found_when_a_shard_is_first_read(wanted, tmp_path):
         token_lists(corpus.train.documents[0])
     trusting = prepare(dataclasses.replace(data, verify_shards=False), 300)
     token_lists(trusting.train.documents[0])
+
+
+def test_damage_ends_training_with_an_error_for_a_person(wanted, tmp_path):
+    shard, data = damaged(wanted, tmp_path, flip(10))
+    corpus = prepare(data, 300)
+    config = run_config(data, batch_size=8)
+    batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id)
+    with pytest.raises(UserError, match=rf"{shard}: damaged"):
+        list(itertools.islice(batches, 50))
 
 
 @pytest.mark.parametrize(
