@@ -6,7 +6,7 @@ run.py     frozen dataclasses of a run; conversion from and to ConfigDicts
 saved.py   configurations in files, of this version and older ones
 """
 
-from blocktx.config.errors import UserError, user_errors
+from blocktx.config.errors import UserError, is_storage_full, user_errors
 from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "divisors",
     "from_config_dict",
     "from_saved",
+    "is_storage_full",
     "portable",
     "to_config_dict",
     "to_dict",
