@@ -30,7 +30,7 @@ from blocktx.checkpoint.folder import (
 )
 from blocktx.checkpoint.safetensors import is_safetensors, read_config, read_params
 from blocktx.config import ModelConfig, RunConfig, to_dict
-from blocktx.data import Tokenizer
+from blocktx.data import Tokenizer, copy_tokenizer
 from blocktx.model import abstract_params
 
 
@@ -60,7 +60,7 @@ def save_params(
       config: of the run; only `model` and the special tokens in `data` mean anything.
       params: nested dict of arrays, of numpy or JAX.
       step: the number that the checkpoint gets.
-      tokenizer: a tokenizer.json to copy into the folder.
+      tokenizer: a tokenizer.json to copy into the folder, with the files that accompany it.
 
     Raises:
       FileExistsError: if there is something at `workdir`.
@@ -77,7 +77,7 @@ def save_params(
             )
         (unfinished / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         if tokenizer is not None:
-            epath.Path(tokenizer).expanduser().copy(unfinished / "tokenizer.json")
+            copy_tokenizer(tokenizer, unfinished)
 
 
 def load_params(
@@ -101,8 +101,7 @@ def load_params(
         configuration (all that does not is listed), or is damaged.
     """
     exported = is_safetensors(path)
-    folder = epath.Path(path).expanduser().absolute() if exported else find(path)
-    step, config = read_config(folder) if exported else read_metadata(folder)
+    folder, step, config = load_config(path)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params = abstract_params(model or config.model, sharding)
     if exported:
@@ -110,6 +109,19 @@ def load_params(
     check_names_and_shapes(folder, params)
     params = read(folder, params=ocp.args.StandardRestore(params)).params
     return Checkpoint(params, config, step, folder)
+
+
+def load_config(path: epath.PathLike) -> tuple[epath.Path, int, RunConfig]:
+    """Return the folder, step and configuration of a checkpoint, as `load_params` finds it.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_params`.
+    """
+    if is_safetensors(path):
+        folder = epath.Path(path).expanduser().absolute()
+        return folder, *read_config(folder)
+    folder = find(path)
+    return folder, *read_metadata(folder)
 
 
 def tokenizer_file(path: epath.PathLike) -> epath.Path:

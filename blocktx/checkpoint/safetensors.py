@@ -28,6 +28,7 @@ from blocktx.checkpoint.folder import (
     shapes,
 )
 from blocktx.config import RunConfig, from_config_dict, to_dict
+from blocktx.data import copy_tokenizer
 
 _FILE = "model.safetensors"
 
@@ -64,7 +65,7 @@ def write(
       params: nested dict of arrays.
       config: of the run.
       step: that the parameters are of.
-      tokenizer: a tokenizer.json to copy into the folder.
+      tokenizer: a tokenizer.json to copy into the folder, with the files that accompany it.
 
     Raises:
       FileExistsError: if there is something at `folder`.
@@ -81,7 +82,7 @@ def write(
         save_file(tensors, unfinished / _FILE, metadata)
         (unfinished / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         if tokenizer is not None:
-            epath.Path(tokenizer).copy(unfinished / "tokenizer.json")
+            copy_tokenizer(tokenizer, unfinished)
 
 
 def read_config(folder: epath.PathLike) -> tuple[int, RunConfig]:

@@ -1,21 +1,25 @@
 """How is a model and a run described?
 
-errors.py  the error for mistakes that only a person can correct
-model.py   frozen dataclasses of a model
-run.py     frozen dataclasses of a run; conversion from and to ConfigDicts
-saved.py   configurations in files, of this version and older ones
+errors.py      the error for mistakes that only a person can correct
+fields.py      checks that every config class applies to its fields
+model.py       frozen dataclasses of a model
+distill.py     frozen dataclasses of distillation
+run.py         frozen dataclasses of a run
+conversion.py  conversion from and to ConfigDicts and plain dicts
+saved.py       configurations in files, of this version and older ones
 """
 
+from blocktx.config.conversion import from_config_dict, to_config_dict, to_dict
+from blocktx.config.distill import DistillConfig, Multipliers, StageConfig
 from blocktx.config.errors import UserError, is_storage_full, user_errors
+from blocktx.config.fields import FieldError, check_fields, divisors
 from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
     EncoderConfig,
-    FieldError,
     ModelConfig,
     StackConfig,
     VanillaConfig,
-    divisors,
 )
 from blocktx.config.run import (
     DataConfig,
@@ -24,9 +28,6 @@ from blocktx.config.run import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
-    from_config_dict,
-    to_config_dict,
-    to_dict,
 )
 from blocktx.config.saved import FORMAT_VERSION, from_saved, portable, to_saved
 
@@ -34,18 +35,22 @@ __all__ = [
     "FORMAT_VERSION",
     "BlockConfig",
     "DataConfig",
+    "DistillConfig",
     "EmbedderConfig",
     "EncoderConfig",
     "FieldError",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
+    "Multipliers",
     "OptimizerConfig",
     "RunConfig",
     "StackConfig",
+    "StageConfig",
     "TrainingConfig",
     "UserError",
     "VanillaConfig",
+    "check_fields",
     "divisors",
     "from_config_dict",
     "from_saved",

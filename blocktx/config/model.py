@@ -1,63 +1,25 @@
-"""Frozen descriptions of a model: block, with every variant of the paper, or vanilla."""
+"""Frozen dataclasses of a model: block, with every variant of the paper, or vanilla."""
 
 import dataclasses
-import math
-from typing import Any, Literal
+from typing import Literal
 
-from blocktx.config.errors import UserError
+from blocktx.config.fields import (
+    check_fields,
+    divisors,
+    not_negative,
+    positive,
+    require,
+)
 
 Dtype = Literal["float32", "bfloat16"]
 
 
-LARGEST = 2**31 - 1  # of every size, count and token id
-
-
-class FieldError(UserError):
-    """An invalid field value. `field` is relative to the dataclass that raises."""
-
-    def __init__(self, field: str, problem: str = ""):  # exceptions are copied by message only
-        super().__init__(f"{field}: {problem}" if problem else field)
-        self.field, self.problem = field, problem
-
-
-def require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise FieldError(field, problem)
-
-
-def positive(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        require(value > 0, field, f"got {value}, must be greater than 0")
-        _not_too_large(field, value)
-
-
-def not_negative(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        require(value >= 0, field, f"got {value}, must be 0 or greater")
-        _not_too_large(field, value)
-
-
-def _not_too_large(field: str, value: float) -> None:
-    too_large = isinstance(value, int) and value > LARGEST
-    require(not too_large, field, f"got {value}, must be at most {LARGEST}")
-
-
-def divisors(number: int) -> str:
-    """List the divisors of a number, for an error message. Long lists are shortened."""
-    small = [d for d in range(1, min(math.isqrt(number), 2**16) + 1) if number % d == 0]
-    found = sorted({*small, *(number // d for d in small)})
-    if len(found) > 40:
-        return f"{', '.join(map(str, found[:20]))}, ..., {found[-1]}"
-    return ", ".join(map(str, found))
-
-
-def _heads_divide(config: Any) -> None:
+def _heads_divide(config: "StackConfig | EncoderConfig") -> None:
     require(
         config.width % config.heads == 0,
         "heads",
-        f"{config.heads} does not divide width {config.width}; use one of {divisors(config.width)}",
+        f"{config.heads} does not divide width {config.width}; use one of "
+        f"{divisors(config.width, config.heads)}",
     )
 
 
@@ -73,6 +35,7 @@ class StackConfig:
     rotary_base: float = 10_000.0
 
     def __post_init__(self):
+        check_fields(self)
         positive(self, "layers", "width", "heads", "rotary_base")
         if self.mlp_width is not None:
             positive(self, "mlp_width")
@@ -116,6 +79,7 @@ class EncoderConfig:
     cls_id: int = 0
 
     def __post_init__(self):
+        check_fields(self)
         positive(self, "layers", "width", "heads")
         not_negative(self, "pad_id", "cls_id")
         for field in ("mlp_width", "positions"):
@@ -145,6 +109,7 @@ class EmbedderConfig:
     encoder: EncoderConfig = EncoderConfig()
 
     def __post_init__(self):
+        check_fields(self)
         positive(self, "cls_tokens")
         if self.width is not None:
             require(
@@ -177,6 +142,7 @@ class _ModelConfig:
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # whose formulations; auto: JAX's own
 
     def __post_init__(self):
+        check_fields(self)
         positive(self, "vocab_size", "context_length", "initializer_range")
 
     @property
@@ -215,7 +181,7 @@ class BlockConfig(_ModelConfig):
                 "block_length",
                 f"{self.block_length} does not divide block_decoder.width x embeddings_per_block "
                 f"{width} (the lookup embedder concatenates block_length rows); use one of "
-                f"{divisors(width)}",
+                f"{divisors(width, self.block_length)}",
             )
         if self.embedder.kind == "cls" and self.embedder.concatenate:
             together = self.embedder.cls_tokens * self.embedder.encoder.width

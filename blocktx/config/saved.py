@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from blocktx.config.run import RunConfig, build_config, to_dict
+from blocktx.config.conversion import build_config, to_dict
+from blocktx.config.run import RunConfig
 
 FORMAT_VERSION = 2  # 1: without digests, and with the fields of _FORMAT_1 only
 

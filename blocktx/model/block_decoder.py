@@ -8,8 +8,13 @@ from blocktx.config import ModelConfig, StackConfig
 from blocktx.model.cache import Cache, causal_mask
 from blocktx.model.stack import Stack
 
-# Of `BlockDecoder.extend` over a batch: all rows are written at the same slot.
-EXTEND_AXES = (0, 0, 0, None, 0)
+
+def extend_axes(slot: jax.Array | int) -> tuple[int | None, ...]:
+    """Return the batch axes of `BlockDecoder.extend`; `slot` is one for all rows, or one per row.
+
+    One for all is an update slice. One per row is a scatter, which a TPU does row after row.
+    """
+    return (0, 0, 0, 0 if jnp.ndim(slot) else None, 0)
 
 
 class BlockDecoder(nn.Module):
@@ -29,6 +34,12 @@ class BlockDecoder(nn.Module):
 
         `real_N` is False for blocks of nothing but padding, which no other block sees.
         """
+        return self.with_layer(embeddings_NxnxD, real_N, None)[0]
+
+    def with_layer(
+        self, embeddings_NxnxD: jax.Array, real_N: jax.Array, layer: int | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Return the context embeddings, and the hidden state `[N * n, D]` after `layer` layers."""
         blocks, group, width = embeddings_NxnxD.shape
         position_T = jnp.arange(blocks * group)
         mask_TxT = jnp.repeat(real_N, group) & causal_mask(position_T, position_T.size, group)
@@ -36,7 +47,8 @@ class BlockDecoder(nn.Module):
         alone_Tx1 = ~mask_TxT.any(-1, keepdims=True)
         mask_TxT |= alone_Tx1 & jnp.eye(position_T.size, dtype=bool)
         x_TxD = embeddings_NxnxD.reshape(-1, width)
-        return self.stack(x_TxD, position_T, mask_TxT)[0].reshape(blocks, -1)
+        contexts_TxD, kept_TxD = self.stack(x_TxD, position_T, mask_TxT, keep=layer)
+        return contexts_TxD.reshape(blocks, -1), kept_TxD
 
     def extend(
         self,

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 
 from blocktx.config import BlockConfig
-from blocktx.model.block_decoder import EXTEND_AXES, BlockDecoder
+from blocktx.model.block_decoder import BlockDecoder, extend_axes
 from blocktx.model.cache import Cache, create_cache
 from blocktx.model.embedder import Embedder
 from blocktx.model.layers import over_batch, over_blocks
@@ -94,10 +94,10 @@ class BlockTransformer(nn.Module):
         """Context embeddings `[B, N, n * D]` of N more blocks, and the cache with them in it.
 
         Row b's blocks are its blocks `start_B[b]` to `start_B[b] + N - 1`. They go to slots `slot`
-        to `slot + N - 1`, the same in all rows, for all of which the cache must have room, and see
-        each other in causal order and the slots that `seen_BxS` marks; None: no others.
+        to `slot + N - 1` (one number, or one per row), for all of which the cache must have room,
+        and see each other in causal order and the slots that `seen_BxS` marks; None: no others.
         """
-        return over_batch(BlockDecoder.extend, EXTEND_AXES)(
+        return over_batch(BlockDecoder.extend, extend_axes(slot))(
             self.block_decoder,
             self.embed_blocks(tokens_BxNxK, mask_BxNxK),
             start_B,

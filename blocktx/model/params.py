@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from blocktx.model.build import Model
 
 
-def separate_layers(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
+def for_decoding(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The same model as decoding takes it: one subtree of parameters a layer, in compute dtype.
 
     A loop would read wider ones at every step, or XLA hold both. Norms, which are computed in

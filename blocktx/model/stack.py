@@ -1,7 +1,11 @@
 """The stack of layers that block decoder, token decoder and vanilla model share."""
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from blocktx.config import ModelConfig, StackConfig
 from blocktx.model.attention import Attention, CrossAttention
@@ -71,10 +75,12 @@ class Stack(nn.Module):
         memory_MxD: jax.Array | None = None,
         cache: Cache | None = None,
         slot: jax.Array | int = 0,
-    ) -> tuple[jax.Array, Cache | None]:
+        keep: int | None = None,
+    ) -> tuple[jax.Array, Cache | jax.Array | None]:
         """Args and results as of `Attention`, and what `CrossAttention` attends to, if anything.
 
-        A cache needs `scan_layers` to be False.
+        A cache needs `scan_layers` to be False. With `keep` the second result is the hidden state
+        `[T, D]` after that many layers, before any norm, in place of a cache.
         """
         layers, scan = self.stack.layers, self.config.scan_layers
         # What a loop keeps for the gradient it copies, which takes narrow layers on TPU as long as
@@ -89,8 +95,8 @@ class Stack(nn.Module):
                 raise ValueError(
                     "decoding takes separate layers; see blocktx.model.params.unstack_layers"
                 )
-            scanned = nn.scan(
-                layer,
+            lift = functools.partial(
+                nn.scan,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
@@ -98,9 +104,14 @@ class Stack(nn.Module):
                 unroll=layers if unroll else 1,
                 metadata_params={nn.meta.PARTITION_NAME: "layers"},
             )
-            x_TxD, _ = scanned(self.config, self.stack, self.window, name="layers")(
-                x_TxD, position_T, mask_TxS, memory_MxD
-            )
+            inputs = (position_T, mask_TxS, memory_MxD)
+            if keep is None:
+                scanned = lift(layer)(self.config, self.stack, self.window, name="layers")
+                x_TxD, _ = scanned(x_TxD, *inputs)
+            else:
+                one = layer(self.config, self.stack, self.window, name="layers")
+                carry = (x_TxD, x_TxD, 0)
+                (x_TxD, kept_TxD, _), _ = lift(functools.partial(_keep, keep))(one, carry, *inputs)
         else:
             written = []
             for i in range(layers):
@@ -109,5 +120,17 @@ class Stack(nn.Module):
                     x_TxD, position_T, mask_TxS, memory_MxD, cache and cache[i], slot
                 )
                 written.append(layer_cache)
+                if i + 1 == keep:
+                    kept_TxD = x_TxD
             cache = None if cache is None else tuple(written)
-        return layer_norm(self.config, name="final_norm")(x_TxD), cache
+        x_TxD = layer_norm(self.config, name="final_norm")(x_TxD)
+        return x_TxD, cache if keep is None else kept_TxD
+
+
+def _keep(
+    keep: int, layer: Layer, carry: tuple[jax.Array, jax.Array, jax.Array], *inputs: Any
+) -> tuple[Any, None]:
+    """Apply one layer of a scan, and carry the hidden state after layer `keep` along."""
+    x_TxD, kept_TxD, index = carry
+    x_TxD, _ = layer(x_TxD, *inputs)
+    return (x_TxD, jnp.where(index + 1 == keep, x_TxD, kept_TxD), index + 1), None

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from blocktx.config import VanillaConfig
-from blocktx.model.block_decoder import EXTEND_AXES, BlockDecoder
+from blocktx.model.block_decoder import BlockDecoder, extend_axes
 from blocktx.model.cache import Cache, create_cache
 from blocktx.model.layers import classifier, embedding, over_batch
 from blocktx.parallel import constrain
@@ -38,6 +38,18 @@ class Vanilla(nn.Module):
             self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
         )
 
+    def hidden_and_layer(
+        self, tokens_BxT: jax.Array, mask_BxT: jax.Array, layer: int | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Return `hidden`, and the hidden state `[B, T, D]` after `layer` layers (None: none).
+
+        The latter is the residual stream, before the final norm.
+        """
+        decode = over_batch(BlockDecoder.with_layer, (0, 0, None))
+        return decode(
+            self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool), layer
+        )
+
     def create_cache(self, batch: int, slots: int) -> Cache:
         return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
 
@@ -51,7 +63,7 @@ class Vanilla(nn.Module):
         seen_BxS: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         del mask_BxNxK  # a token of padding is never in `seen_BxS`
-        return over_batch(BlockDecoder.extend, EXTEND_AXES)(
+        return over_batch(BlockDecoder.extend, extend_axes(slot))(
             self.decoder, self.embed(tokens_BxNxK), start_B, cache, slot, seen_BxS
         )
 

@@ -12,7 +12,7 @@ Arrays in, arrays out: no Flax, no parameters.
 """
 
 from blocktx.ops.attention import attend, formulation
-from blocktx.ops.cross_entropy import sum_of_nats
+from blocktx.ops.cross_entropy import cross_entropy_sum
 from blocktx.ops.flash_attention import flash_attention, is_long
 from blocktx.ops.gelu import gelu
 from blocktx.ops.norm import normalize
@@ -21,6 +21,7 @@ from blocktx.ops.short_attention import is_short, short_attention
 
 __all__ = [
     "attend",
+    "cross_entropy_sum",
     "flash_attention",
     "formulation",
     "gelu",
@@ -30,5 +31,4 @@ __all__ = [
     "rotary",
     "rotary_by_product",
     "short_attention",
-    "sum_of_nats",
 ]

@@ -19,7 +19,7 @@ _ROWS = 8
 
 
 @jax.custom_vjp
-def sum_of_nats(
+def cross_entropy_sum(
     hidden_BxMxKxE: jax.Array,
     kernel_ExV: jax.Array,
     labels_BxMxK: jax.Array,
@@ -103,4 +103,4 @@ def _backward(gradients, g):
     return (dhidden * g).astype(dhidden.dtype), (dkernel * g).astype(dkernel.dtype), None, None
 
 
-sum_of_nats.defvjp(_with_gradients, _backward)
+cross_entropy_sum.defvjp(_with_gradients, _backward)

@@ -94,7 +94,7 @@ def check_model_fits(config: ModelConfig, mesh: Mesh) -> None:
         if size % tensor:
             raise UserError(
                 f"config.mesh.tensor: {tensor} does not divide config.model.{name} {size}; use one "
-                f"of {divisors(size)}, or another {name}"
+                f"of {divisors(size, tensor)}, or another {name}"
             )
 
 

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from blocktx.checkpoint import Checkpoints, has_checkpoint
 from blocktx.config import RunConfig, to_dict
 from blocktx.cost import count_params
-from blocktx.data import Corpus, prepare, training_batches
+from blocktx.data import PACKING, Corpus, prepare, sources_seen, training_batches
 from blocktx.evaluate import heldout_evaluation
-from blocktx.files import run_folder, write_whole
+from blocktx.files import run_folder, write_atomic
 from blocktx.model import build
 from blocktx.parallel import HostRows, create_mesh
 from blocktx.train.interrupt import StopSignals, sigterm_unwinds
@@ -30,6 +30,8 @@ from blocktx.train.start import (
     resumed_state,
 )
 from blocktx.train.step import TrainState, check_run, create_state, train_step
+from blocktx.train.teacher import load_teacher
+from blocktx.train.teacher_cache import TeacherCache
 from blocktx.train.trace import StepTrace
 
 __all__ = ["TrainState", "create_state", "train", "train_step"]
@@ -86,6 +88,7 @@ def train(
     corpus = prepare(config.data, config.model.vocab_size)
     if jax.process_count() > 1:
         require_same_corpus_everywhere(corpus)
+    cache = TeacherCache(config, corpus) if config.distill.cache else None
     host_rows = HostRows(config.training.batch_size, mesh)
     batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id, host_rows.rows)
     model = build(config.model)
@@ -93,6 +96,7 @@ def train(
 
     with jax.set_mesh(mesh):
         start, state = 0, None
+        teacher = load_teacher(config, corpus.tokenizer, mesh)
         if begins:  # what fails here leaves no run behind
             state = first_state(config, model, corpus.tokenizer, mesh)
         with StopSignals() as stop, Checkpoints(workdir, config) as checkpoints:
@@ -102,7 +106,7 @@ def train(
                 start = int(state.step)
             if chief:
                 corpus.tokenizer.save(workdir / "tokenizer.json")
-                write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+                write_atomic(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
                 _print_summary(config, corpus, mesh)
             evaluate_heldout = heldout_evaluation(config, model, corpus, mesh)
             if start >= steps:
@@ -120,12 +124,18 @@ def train(
                 progress.flush()
                 writer.flush()
                 _require_finite(step, state.params)
-                data = {"batches": batches.get_state(), "corpus": corpus.digest}
+                data = {
+                    "batches": batches.get_state(),
+                    "corpus": corpus.digest,
+                    "packing": PACKING,
+                }
                 checkpoints.save(step, state.params, state.opt_state, data)
                 return step
 
             def next_batch() -> dict[str, jax.Array]:
                 rows = next(batches)
+                if cache is not None:
+                    rows |= cache.read(step, rows, host_rows.rows)
                 if jax.process_count() > 1:  # how the others hear of it
                     rows["stop"] = np.full(len(host_rows.rows), stop.signal is not None)
                 return host_rows.place(rows)
@@ -143,7 +153,8 @@ def train(
                         trace.before(step, state)
                         with progress.input():
                             batch = next_batch()
-                        state, metrics = train_step(state, batch, config, model)
+                        stage = config.distill.stage_at(step)
+                        state, metrics = train_step(state, batch, config, model, teacher, stage)
                         step += 1
                         progress.add(step, metrics)
                         last = step == steps
@@ -165,6 +176,9 @@ def train(
 
     if chief and step > start:
         plot_loss(workdir)
+        if len(corpus.train.names) > 1:
+            pad_id = corpus.tokenizer.pad_id
+            print(*sources_seen(corpus.train, config, pad_id, step), sep="\n", flush=True)
     if step < steps:
         where = f"and saved at step {step} of {steps}" if step else "before the first step"
         by = stop.signal or signal.SIGTERM  # another process got it
@@ -193,12 +207,24 @@ def _print_summary(config: RunConfig, corpus: Corpus, mesh: Mesh) -> None:
     counted = count_params(config.model)
     train, heldout = corpus.train, corpus.heldout
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    mixed = zip(train.names, train.weights, strict=True)
+    weights = ", ".join(f"{name} {weight:.4f}" for name, weight in mixed)
+    sources = f"sources  {weights}\n" if len(train.names) > 1 else ""
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
         f"model    {config.model.kind}, {counted.total:,} parameters, "
         f"{counted.non_embedding:,} non-embedding\n"
-        f"data     {len(train.tokens):,} tokens in {len(train):,} documents, held out "
-        f"{len(heldout.tokens):,} in {len(heldout):,}\n"
+        f"{_distillation(config)}"
+        f"data     {train.token_count:,} tokens in {train.document_count:,} documents, held out "
+        f"{heldout.token_count:,} in {len(heldout):,}\n{sources}"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{hosts}, mesh {shape}",
         flush=True,
     )
+
+
+def _distillation(config: RunConfig) -> str:
+    if not config.distill.teacher:
+        return ""
+    begins = ", ".join(f"{end + 1}" for end in (0, *config.distill.ends))
+    how = f"cached in {config.distill.cache}" if config.distill.cache else "in the step"
+    return f"teacher  {config.distill.teacher}, {how}; stages begin at steps {begins}\n"
