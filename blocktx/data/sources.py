@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.data import megatron, tables
 from blocktx.data.source_files import (
     ARRAY_RECORD_SUFFIXES,
@@ -71,7 +72,7 @@ def parse_sources(text: str, field: str = "config.data.source") -> tuple[Source,
     """Split `text` at commas; a name that exists as it is counts as one source.
 
     Raises:
-      ValueError: a source is empty, or some have weights and others none.
+      UserError: a source is empty, or some have weights and others none.
     """
     specs = [text] if "," not in text or os.path.exists(text) else text.split(",")
     found = []
@@ -82,14 +83,12 @@ def parse_sources(text: str, field: str = "config.data.source") -> tuple[Source,
         else:
             found.append(Source(spec, None))
     if not all(source.spec for source in found):
-        raise ValueError(f"{field}: {text!r} names an empty source between its commas")
+        raise UserError(f"{field}: {text!r} names an empty source between its commas")
     weighted = [source.weight is not None for source in found]
     if any(weighted) and not all(weighted):
-        raise ValueError(
-            f"{field}: {text!r}: give all sources a weight, as in A@0.7,B@0.3, or none"
-        )
+        raise UserError(f"{field}: {text!r}: give all sources a weight, as in A@0.7,B@0.3, or none")
     if any(source.weight == 0 for source in found):
-        raise ValueError(f"{field}: {text!r}: a weight must be greater than 0")
+        raise UserError(f"{field}: {text!r}: a weight must be greater than 0")
     return tuple(found)
 
 
@@ -102,7 +101,7 @@ def read_documents(source: str, text_field: str) -> Iterator[Document]:
 
     Raises:
       FileNotFoundError: `source` or its package is missing.
-      ValueError: there is no document, or a file is not what its name says; names file and place.
+      UserError: there is no document, or a file is not what its name says; names file and place.
     """
     empty = True
     for part in list_parts(source):
@@ -114,7 +113,7 @@ def read_documents(source: str, text_field: str) -> Iterator[Document]:
                 empty = False
                 yield document
     if empty:
-        raise ValueError(f"config.data.source: {source!r} holds nothing but blank documents")
+        raise UserError(f"config.data.source: {source!r} holds nothing but blank documents")
 
 
 def without_blank(document: Document) -> Document | None:
@@ -153,7 +152,7 @@ def list_parts(source: str, part_bytes: int = 1 << 62) -> list[Part]:
     """Return the parts of `source`, in order; larger files are split where they can be.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_documents`.
+      FileNotFoundError, UserError: see `read_documents`.
     """
     if source.startswith(_SYNTHETIC):
         tokens = _count(source)
@@ -169,7 +168,7 @@ def fingerprint(source: str) -> dict[str, Any]:
     """Return what distinguishes `source` from its other versions: files, sizes, times, version.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_documents`, before any file is read.
+      FileNotFoundError, UserError: as `read_documents`, before any file is read.
     """
     if source.startswith((_SYNTHETIC, _HUB)):
         return {"source": source}
@@ -194,7 +193,7 @@ def _count(source: str) -> int:
     except (ValueError, OverflowError):
         count = 0
     if not 2 <= count <= 10**15:
-        raise ValueError(
+        raise UserError(
             f"config.data.source: {source!r}: expected a number of tokens, as in synthetic:1e8"
         )
     return count
