@@ -44,6 +44,7 @@ _STEPS = flags.DEFINE_integer(
 )
 _SEEDS = flags.DEFINE_list("seeds", None, "As in 0,1,2; None: those of the scale.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and whether they are finished.")
+_SPEEDS = flags.DEFINE_bool("speeds", True, "Measure decoding, too. It takes an idle machine.")
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make the report from its results.json.")
 
 
@@ -113,6 +114,8 @@ def main() -> None:
             if jax.process_index() == 0:
                 write_results(output, everything, flags_)
 
+        if not _SPEEDS.value:
+            chosen = [study._replace(speeds=[]) for study in chosen]
         failed = runner.run_all(chosen, seeds, _WORKDIR.value, results, save)
         if jax.process_index():
             return

@@ -2,7 +2,8 @@
 
 Knows no JAX. Reading order:
 
-    sources.py      which files a source consists of, and their documents:
+    sources.py      sources, their parts and documents:
+      source_files.py   which files a source consists of
       text_files.py   text and JSON Lines, plain or compressed
       tables.py       Parquet, ArrayRecord, Hugging Face datasets
       megatron.py     Megatron's .bin/.idx, and synthetic tokens

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from blocktx.config import UserError
 from blocktx.files import file_info, open_binary
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -45,26 +46,26 @@ def read_index(prefix: str) -> MegatronIndex:
 
     Raises:
       FileNotFoundError: one of the two files is missing.
-      ValueError: the index is truncated or of another format, or does not fit the `.bin` file.
+      UserError: the index is truncated or of another format, or does not fit the `.bin` file.
     """
     path = f"{prefix}.idx"
     bin_size = file_info(f"{prefix}.bin").size
     with open_binary(path) as file:
         data = file.read()
     if len(data) < _HEADER.size or data[:9] != _MAGIC:
-        raise ValueError(f"{path}: not a Megatron index: it does not begin with {_MAGIC!r}")
+        raise UserError(f"{path}: not a Megatron index: it does not begin with {_MAGIC!r}")
     _, version, code, sequences, documents = _HEADER.unpack_from(data)
     if version != 1:
-        raise ValueError(f"{path}: version {version} of Megatron's index, expected 1")
+        raise UserError(f"{path}: version {version} of Megatron's index, expected 1")
     if code not in _DTYPES:
-        raise ValueError(
+        raise UserError(
             f"{path}: dtype code {code} is not of integers; expected one of "
             f"{', '.join(map(str, _DTYPES))}"
         )
     expected = _HEADER.size + 12 * sequences + 8 * documents
     # A multimodal index has a byte more for each sequence.
     if len(data) not in (expected, expected + sequences):
-        raise ValueError(
+        raise UserError(
             f"{path}: truncated or damaged: {len(data)} bytes, expected {expected} for {sequences} "
             f"sequences and {documents} document boundaries"
         )
@@ -73,10 +74,10 @@ def read_index(prefix: str) -> MegatronIndex:
     bounds = np.frombuffer(data, "<i8", documents, _HEADER.size + 12 * sequences)
     index = MegatronIndex(np.dtype(_DTYPES[code]).newbyteorder("<"), sizes, pointers, bounds)
     if documents == 0 or bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any():
-        raise ValueError(f"{path}: damaged: its document boundaries do not cover its sequences")
+        raise UserError(f"{path}: damaged: its document boundaries do not cover its sequences")
     ends = pointers + sizes.astype(np.int64) * index.dtype.itemsize
     if sequences and (sizes.min() < 0 or pointers.min() < 0 or ends.max() > bin_size):
-        raise ValueError(
+        raise UserError(
             f"{prefix}.bin: truncated: it has {bin_size} bytes, and {path} expects "
             f"{int(ends.max())}"
         )
@@ -87,7 +88,7 @@ def read_megatron(prefix: str, begin: int = 0, end: int | None = None) -> Iterat
     """Yield the tokens of documents `begin` to `end`, integers; empty documents are left out.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_index`.
+      FileNotFoundError, UserError: see `read_index`.
     """
     index = read_index(prefix)
     size = index.dtype.itemsize

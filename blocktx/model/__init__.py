@@ -3,6 +3,7 @@
 layers.py             norm, projections, embedding and MLP of a layer
 cache.py              the fixed-shape KV cache
 attention.py          self-attention and cached attention of a layer
+attention_weights.py  attention weights of a forward pass, for inspection
 stack.py              a stack of layers
 embedder.py           tokens of a block to block embeddings
 block_decoder.py      causal attention over blocks
@@ -15,6 +16,7 @@ loss.py               masked next-token loss by position in the block
 """
 
 from blocktx.model.attention import Attention
+from blocktx.model.attention_weights import recorded_attention
 from blocktx.model.block_transformer import BlockTransformer
 from blocktx.model.build import Model, abstract_params, build, init_params
 from blocktx.model.cache import CACHE_AXES, Cache
@@ -43,6 +45,7 @@ __all__ = [
     "loss_mask",
     "masked_cross_entropy",
     "next_logits",
+    "recorded_attention",
     "stack_layers",
     "token_losses",
     "unstack_layers",

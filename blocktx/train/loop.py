@@ -207,13 +207,16 @@ def _print_summary(config: RunConfig, corpus: Corpus, mesh: Mesh) -> None:
     counted = count_params(config.model)
     train, heldout = corpus.train, corpus.heldout
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    mixed = zip(train.names, train.weights, strict=True)
+    weights = ", ".join(f"{name} {weight:.4f}" for name, weight in mixed)
+    sources = f"sources  {weights}\n" if len(train.names) > 1 else ""
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
         f"model    {config.model.kind}, {counted.total:,} parameters, "
         f"{counted.non_embedding:,} non-embedding\n"
         f"{_distillation(config)}"
         f"data     {train.token_count:,} tokens in {train.document_count:,} documents, held out "
-        f"{heldout.token_count:,} in {len(heldout):,}\n"
+        f"{heldout.token_count:,} in {len(heldout):,}\n{sources}"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{hosts}, mesh {shape}",
         flush=True,
     )

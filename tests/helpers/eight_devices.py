@@ -188,6 +188,63 @@ def decode(kind: str) -> dict[str, list]:
     return found
 
 
+def continuous() -> dict[str, list]:
+    """Tokens of requests decoded one by one on one device, and continuously on some meshes."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from blocktx.config.run import MeshConfig
+    from blocktx.decode.continuous import ContinuousDecoder
+    from blocktx.decode.generate import generate
+    from blocktx.decode.sampling import SamplingConfig, seed_words
+    from blocktx.model.build import abstract_params, build, init_params
+    from blocktx.parallel.sharding import create_mesh
+    from tests.helpers.compile_events import compilations
+
+    found = {}
+    for kind in ("block", "vanilla"):
+        config = dataclasses.replace(
+            _model(kind), context_length=64, initializer_range=0.3, scan_layers=False
+        )
+        net = build(config)
+        params = jax.jit(init_params, static_argnums=0)(net, jax.random.key(0))
+        rng = np.random.default_rng(0)
+        given = [
+            dict(
+                tokens=rng.integers(0, 64, rng.integers(1, 30)).tolist(),
+                max_new_tokens=int(rng.integers(1, 24)),
+                sampling=SamplingConfig([0, 1.0][number % 2]),
+            )
+            for number in range(20)
+        ]
+        alone = []
+        for number, options in enumerate(given):
+            options = dict(options)
+            tokens = np.array([options.pop("tokens")])
+            mask = np.ones_like(tokens)
+            alone.append(generate(net, params, tokens, mask, seed=[number], **options)[0].tolist())
+        for name in ("data", "tensor") if kind == "block" else ("mixed",):
+            mesh = create_mesh(MeshConfig(**MESHES[name]))
+            places = abstract_params(config, mesh)
+            placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, places)
+            decoder = ContinuousDecoder(net, placed, rows=3, blocks_per_call=2, mesh=mesh)
+            decoder.compile()
+            requests = {
+                decoder.request(**options, seed_2=seed_words([number], 1)[0]): number
+                for number, options in enumerate(given)
+            }
+            together = [[] for _ in given]
+            with compilations() as compiled:
+                for updates in decoder.run(requests):
+                    for update in updates:
+                        together[requests[update.request]] += update.tokens
+            assert not compiled, name
+            found[f"{kind}, {name}"] = (alone, together)
+    return found
+
+
 def train(workdir: str, *settings: str) -> None:
     """Trains the run that is described in `workdir`.json, up to each of some steps in turn.
 
