@@ -45,15 +45,15 @@ KINDS = ("source", "scratch", "uptrained", "distilled")
 SOURCE = VanillaConfig(
     vocab_size=2048,
     context_length=256,
-    decoder=StackConfig(layers=4, width=256, heads=8),
+    decoder=StackConfig(layers=4, width=128, heads=4),
 )
 STUDENT = BlockConfig(
     vocab_size=2048,
     context_length=256,
     block_length=4,
     embedder=EmbedderConfig(kind="projection"),
-    block_decoder=StackConfig(layers=2, width=256, heads=8),
-    token_decoder=StackConfig(layers=2, width=256, heads=8),
+    block_decoder=StackConfig(layers=2, width=128, heads=4),
+    token_decoder=StackConfig(layers=2, width=128, heads=4),
     prefix_length=2,
 )
 
