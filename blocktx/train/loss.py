@@ -10,6 +10,7 @@ from blocktx.config import LossConfig
 from blocktx.model import (
     BlockTransformer,
     Model,
+    classifier_kernel,
     loss_by_position,
     loss_mask,
     masked_cross_entropy,
@@ -43,7 +44,7 @@ def training_sums(
     The contrastive loss holds a matrix of all scored blocks by all scored blocks: where it is too
     large, more `training.microbatches` make it smaller (and the choice easier).
     """
-    fused = model.config.platform == "tpu"
+    fused = model.formulations.loss == "fused"
     if not config.weights and not fused:
         return {"loss": loss_by_position(model, params, tokens_BxNxK, mask_BxNxK)[0].sum()}
     mask_BxNxK = mask_BxNxK.astype(bool)
@@ -52,7 +53,7 @@ def training_sums(
         hidden_BxTxD = model.apply(
             {"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0], method="hidden"
         )
-        classifier = params["classifier"]
+        classifier = classifier_kernel(model.config, params)
         return {
             "loss": _fused_nats(
                 model, classifier, hidden_BxTxD[:, :, None], tokens_BxNxK, scored_BxMxK
@@ -67,7 +68,7 @@ def training_sums(
                     jnp.roll(x, -1, axis=1) for x in (tokens_BxNxK, mask_BxNxK)
                 )
                 hidden_BxNxKxE = net.hidden_blocks(contexts_BxNxnD, next_BxNxK, real_BxNxK)
-                classifier = params["token_decoder"]["classifier"]
+                classifier = classifier_kernel(model.config, params)
                 return _fused_nats(model, classifier, hidden_BxNxKxE, tokens_BxNxK, scored_BxMxK)
             logits = net.decode_blocks(contexts_BxMxnD, tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:])
             return masked_cross_entropy(logits, tokens_BxNxK, scored_BxMxK).sum()
@@ -100,7 +101,7 @@ def training_counts(mask_BxNxK: jax.Array, config: LossConfig) -> dict[str, jax.
 
 def _fused_nats(
     model: Model,
-    classifier: dict[str, Any],
+    classifier_ExV: jax.Array,
     hidden_BxNxKxE: jax.Array,
     tokens_BxNxK: jax.Array,
     scored_BxMxK: jax.Array,
@@ -108,7 +109,7 @@ def _fused_nats(
     """The sum of the nats, from what the classifier sees of N blocks, of which the last is idle."""
     return cross_entropy_sum(
         hidden_BxNxKxE.astype(model.config.compute_dtype),
-        classifier["kernel"],
+        classifier_ExV,
         jnp.roll(tokens_BxNxK, -1, axis=1),
         jnp.pad(scored_BxMxK, ((0, 0), (0, 1), (0, 0))),
     )
