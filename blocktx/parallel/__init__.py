@@ -6,7 +6,7 @@ google_vm.py    queries to the Google Cloud VM metadata server
 host_rows.py    the rows of a batch that a process reads
 """
 
-from blocktx.parallel.distributed import HEARTBEAT_TIMEOUT, MODES, end_with, initialize
+from blocktx.parallel.distributed import HEARTBEAT_TIMEOUT, MODES, exit_process, initialize
 from blocktx.parallel.google_vm import is_google_vm, metadata
 from blocktx.parallel.host_rows import HostRows
 from blocktx.parallel.sharding import (
@@ -35,7 +35,7 @@ __all__ = [
     "check_model_fits",
     "constrain",
     "create_mesh",
-    "end_with",
+    "exit_process",
     "initialize",
     "is_google_vm",
     "metadata",

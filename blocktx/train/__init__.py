@@ -1,6 +1,9 @@
 """How is a model trained?
 
 loss.py       the loss of a training step, with auxiliary losses
+distill.py    losses against a frozen teacher
+teacher.py    the teacher: checks and parameters
+teacher_cache.py  cached probabilities of the teacher
 optimizer.py  optax optimizers and schedules
 step.py       train state and the compiled training step
 start.py      initial or restored train state, checks before training
@@ -16,14 +19,18 @@ from blocktx.train.loop import train
 from blocktx.train.loss_plot import plot_runs
 from blocktx.train.metrics import read
 from blocktx.train.step import TrainState, abstract_batch, abstract_state, check_run, train_step
+from blocktx.train.teacher import abstract_teacher
+from blocktx.train.teacher_cache import write_cache
 
 __all__ = [
     "TrainState",
     "abstract_batch",
     "abstract_state",
+    "abstract_teacher",
     "check_run",
     "plot_runs",
     "read",
     "train",
     "train_step",
+    "write_cache",
 ]

@@ -30,6 +30,8 @@ from blocktx.train.start import (
     resumed_state,
 )
 from blocktx.train.step import TrainState, check_run, create_state, train_step
+from blocktx.train.teacher import load_teacher
+from blocktx.train.teacher_cache import TeacherCache
 from blocktx.train.trace import StepTrace
 
 __all__ = ["TrainState", "create_state", "train", "train_step"]
@@ -86,6 +88,7 @@ def train(
     corpus = prepare(config.data, config.model.vocab_size)
     if jax.process_count() > 1:
         require_same_corpus_everywhere(corpus)
+    cache = TeacherCache(config, corpus) if config.distill.cache else None
     host_rows = HostRows(config.training.batch_size, mesh)
     batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id, host_rows.rows)
     model = build(config.model)
@@ -93,6 +96,7 @@ def train(
 
     with jax.set_mesh(mesh):
         start, state = 0, None
+        teacher = load_teacher(config, corpus.tokenizer, mesh)
         if begins:  # what fails here leaves no run behind
             state = first_state(config, model, corpus.tokenizer, mesh)
         with StopSignals() as stop, Checkpoints(workdir, config) as checkpoints:
@@ -130,6 +134,8 @@ def train(
 
             def next_batch() -> dict[str, jax.Array]:
                 rows = next(batches)
+                if cache is not None:
+                    rows |= cache.read(step, rows, host_rows.rows)
                 if jax.process_count() > 1:  # how the others hear of it
                     rows["stop"] = np.full(len(host_rows.rows), stop.signal is not None)
                 return host_rows.place(rows)
@@ -147,7 +153,8 @@ def train(
                         trace.before(step, state)
                         with progress.input():
                             batch = next_batch()
-                        state, metrics = train_step(state, batch, config, model)
+                        stage = config.distill.stage_at(step)
+                        state, metrics = train_step(state, batch, config, model, teacher, stage)
                         step += 1
                         progress.add(step, metrics)
                         last = step == steps
@@ -200,12 +207,24 @@ def _print_summary(config: RunConfig, corpus: Corpus, mesh: Mesh) -> None:
     counted = count_params(config.model)
     train, heldout = corpus.train, corpus.heldout
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    mixed = zip(train.names, train.weights, strict=True)
+    weights = ", ".join(f"{name} {weight:.4f}" for name, weight in mixed)
+    sources = f"sources  {weights}\n" if len(train.names) > 1 else ""
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
         f"model    {config.model.kind}, {counted.total:,} parameters, "
         f"{counted.non_embedding:,} non-embedding\n"
+        f"{_distillation(config)}"
         f"data     {train.token_count:,} tokens in {train.document_count:,} documents, held out "
-        f"{heldout.token_count:,} in {len(heldout):,}\n"
+        f"{heldout.token_count:,} in {len(heldout):,}\n{sources}"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{hosts}, mesh {shape}",
         flush=True,
     )
+
+
+def _distillation(config: RunConfig) -> str:
+    if not config.distill.teacher:
+        return ""
+    begins = ", ".join(f"{end + 1}" for end in (0, *config.distill.ends))
+    how = f"cached in {config.distill.cache}" if config.distill.cache else "in the step"
+    return f"teacher  {config.distill.teacher}, {how}; stages begin at steps {begins}\n"

@@ -13,8 +13,15 @@ from jax.sharding import AbstractMesh, Mesh
 from blocktx.config import RunConfig
 from blocktx.model import Model, abstract_params, init_params
 from blocktx.parallel import batch_parts, batch_sharding, check_model_fits, replicated
+from blocktx.train.distill import (
+    Teacher,
+    distillation_counts,
+    distillation_sums,
+    distillation_weights,
+)
 from blocktx.train.loss import training_counts, training_sums
-from blocktx.train.optimizer import optimizer, schedule
+from blocktx.train.optimizer import multipliers, optimizer, schedule
+from blocktx.train.teacher import check_distillation
 
 
 @flax.struct.dataclass
@@ -86,9 +93,14 @@ def _with_params(params: dict[str, Any], config: RunConfig) -> TrainState:
     return TrainState(jnp.int32(0), params, optimizer(config).init(params))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "model"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "model", "stage"), donate_argnames="state")
 def train_step(
-    state: TrainState, batch: dict[str, jax.Array], config: RunConfig, model: Model
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    config: RunConfig,
+    model: Model,
+    teacher: Teacher | None = None,
+    stage: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update by one batch; `state` is donated.
 
@@ -102,17 +114,30 @@ def train_step(
         `"stop": bool [B]`, True in the rows of one that was asked to stop.
       config: the run's; static.
       model: the module that `config.model` describes; static.
+      teacher: of distillation, unless the batch holds its cached probabilities.
+      stage: the index of the stage of distillation, which chooses losses and frozen parameters;
+        static.
 
     Returns:
       The state after the step, and the scalars `loss` (nats a token, before the update), the
       others that `config.loss` adds to it (unweighted), `grad_norm` (before clipping),
       `learning_rate`, `tokens` (real ones in the batch) and, if it was given, whether any `stop`.
     """
-    counts = training_counts(batch["mask"], config.loss)
-    weights = {"loss": 1.0, **config.loss.weights}
+    if config.distill.teacher:
+        weights = distillation_weights(config.distill, stage)
+        counts = distillation_counts(batch["mask"], weights)
+    else:
+        weights = {"loss": 1.0, **config.loss.weights}
+        counts = training_counts(batch["mask"], config.loss)
+    factors = multipliers(state.params, config, stage)
 
     def objective(params: dict[str, Any], part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-        sums = training_sums(model, params, part["tokens"], part["mask"], config.loss)
+        # No gradient is computed for frozen parameters, nor does it count in the gradient's norm.
+        params = jax.tree.map(lambda x, by: x if by else jax.lax.stop_gradient(x), params, factors)
+        if config.distill.teacher:
+            sums = distillation_sums(model, params, teacher, part, config.distill, stage)
+        else:
+            sums = training_sums(model, params, part["tokens"], part["mask"], config.loss)
         return sum(weights[name] * sums[name] / counts[name] for name in weights), sums
 
     def gradient(part: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
@@ -128,7 +153,7 @@ def train_step(
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
     parts = config.training.microbatches
-    rows = {name: batch[name] for name in ("tokens", "mask")}
+    rows = {name: x for name, x in batch.items() if name != "stop"}
     if parts == 1:
         sums, grads = gradient(rows)
     else:
@@ -136,6 +161,7 @@ def train_step(
         (sums, grads), _ = jax.lax.scan(accumulate, zeros, jax.tree.map(split, rows))
 
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(_scaled, updates, factors)
     params = optax.apply_updates(state.params, updates)
     metrics = {
         **{name: sums[name] / counts[name] for name in sums},
@@ -146,6 +172,12 @@ def train_step(
     if "stop" in batch:
         metrics["stop"] = batch["stop"].any()
     return _settle(TrainState(state.step + 1, params, opt_state), config), metrics
+
+
+def _scaled(update: jax.Array, by: float) -> jax.Array:
+    if by == 1:
+        return update
+    return update * by if by else jnp.zeros_like(update)
 
 
 def check_run(config: RunConfig, mesh: Mesh) -> None:
@@ -166,3 +198,4 @@ def check_run(config: RunConfig, mesh: Mesh) -> None:
             f"{mesh.shape['data']} x fsdp {mesh.shape['fsdp']}) of {micro} microbatches; use a "
             f"multiple of {parts * micro}, such as {-(-size // (parts * micro)) * parts * micro}"
         )
+    check_distillation(config, mesh)
