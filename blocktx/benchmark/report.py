@@ -115,7 +115,8 @@ def _draw_by_loss(axes: Axes, results: Sequence[Result], colors: dict[str, str])
     axes.set(xlabel="held-out loss (nats per token)", ylabel="generated tokens per second")
     axes.margins(x=0.15, y=0.25)
     plotting.log_axis(axes.yaxis)
-    plotting.label_ends(axes, ends)
+    axes.locator_params(axis="x", nbins=5)
+    plotting.label_ends(axes, ends, lift=9)
 
 
 def _front(results: Sequence[Result]) -> list[Result]:
