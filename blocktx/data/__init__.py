@@ -14,7 +14,7 @@ Knows no JAX.
 from blocktx.data.corpus import Corpus, Documents, prepare, read_in_memory
 from blocktx.data.pipeline import heldout_batches, heldout_size, text_batches, training_batches
 from blocktx.data.tokenizer import Tokenizer
-from blocktx.data.tokenizer_files import copy_tokenizer
+from blocktx.data.tokenizer_files import copy_tokenizer, read_tokenizer_files
 
 __all__ = [
     "Corpus",
@@ -25,6 +25,7 @@ __all__ = [
     "heldout_size",
     "prepare",
     "read_in_memory",
+    "read_tokenizer_files",
     "text_batches",
     "training_batches",
 ]
