@@ -10,19 +10,25 @@ Each is imported on first use as an attribute, such as `blocktx.convert`.
 """
 
 import importlib
-from types import ModuleType
-
-from blocktx.checkpoint import load_params
-from blocktx.decode import Engine, generate, load
+from typing import Any
 
 __all__ = ["Engine", "generate", "load", "load_params"]
 
+# Importing blocktx imports no JAX: the processes that tokenize text need none.
+_NAMES = {
+    "Engine": "decode",
+    "generate": "decode",
+    "load": "decode",
+    "load_params": "checkpoint",
+}
 _ON_FIRST_USE = (
     "benchmark",
+    "checkpoint",
     "chips",
     "compile",
     "convert",
     "cost",
+    "decode",
     "evaluate",
     "inspect_model",
     "lm_eval",
@@ -31,11 +37,13 @@ _ON_FIRST_USE = (
 )
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"blocktx.{_NAMES[name]}"), name)
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"blocktx.{name}")
     raise AttributeError(f"module 'blocktx' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ON_FIRST_USE])
+    return sorted([*globals(), *_NAMES, *_ON_FIRST_USE])

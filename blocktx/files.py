@@ -1,14 +1,18 @@
-"""The folder of a run, on a disk or in a bucket of Google Cloud, and how files get into it.
+"""Files on a local disk and in Google Cloud Storage: atomic writes, logs, listings.
 
-In a bucket an object is written whole or not at all, but cannot be appended to.
+An object in a bucket is always written whole, but cannot be appended to.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import os
-from typing import TYPE_CHECKING
+import stat
+import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from etils import epath
 
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BUCKET = "gs://"
+_READ_AHEAD = 8 << 20  # bytes of a bucket's object fetched at a time
 
 
 def is_bucket(path: epath.PathLike) -> bool:
@@ -23,48 +28,69 @@ def is_bucket(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The absolute path; `~` is the home of the user. What is in a bucket is absolute already."""
+    """Return the absolute path, with `~` expanded. A path in a bucket is returned as it is."""
     path = epath.Path(path)
     return path if is_bucket(path) else path.expanduser().absolute()
 
 
+def bucket_filesystem(field: str, path: epath.PathLike) -> Any:
+    """Return the fsspec filesystem of gs:// paths.
+
+    Args:
+      field: the field or flag that holds `path`, for the error message.
+      path: a path in a bucket, for the error message.
+
+    Raises:
+      ValueError: gcsfs is not installed.
+    """
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"{field}: {os.fspath(path)} needs gcsfs: pip install 'blocktx[gcs]'")
+    import fsspec
+
+    return fsspec.filesystem("gs", finalize_on_close=True)  # the instance that epath uses
+
+
 def run_folder(workdir: epath.PathLike) -> epath.Path:
-    """The path of a run's folder that is there or can be made; makes nothing.
+    """Return the path of a run folder that exists or can be created. Creates nothing.
 
     Args:
       workdir: a local path, made absolute, or `gs://bucket/...`.
 
     Raises:
-      ValueError: if it is of another kind, or Python cannot write to buckets.
-      NotADirectoryError, PermissionError: if a local one cannot be made or written to.
+      ValueError: `workdir` is of another kind, or gcsfs is missing.
+      NotADirectoryError, PermissionError: a local folder cannot be created or written to.
     """
-    name = os.fspath(workdir)
+    return writable_folder("workdir", workdir)
+
+
+def writable_folder(field: str, folder: epath.PathLike) -> epath.Path:
+    """`run_folder`, with the field or flag that errors name."""
+    name = os.fspath(folder)
     if is_bucket(name):
         if not name.removeprefix(_BUCKET).strip("/"):
-            raise ValueError(f"workdir: {name} names no bucket; use gs://bucket/folder")
-        if importlib.util.find_spec("gcsfs") is None:
-            raise ValueError(f"workdir: {name} needs gcsfs: pip install 'blocktx[gcs]'")
+            raise ValueError(f"{field}: {name} names no bucket; use gs://bucket/folder")
+        bucket_filesystem(field, name)
         return epath.Path(name)
     if "://" in name:
-        raise ValueError(f"workdir: {name} is neither a local folder nor gs://bucket/folder")
-    path = absolute(workdir)
+        raise ValueError(f"{field}: {name} is neither a local folder nor gs://bucket/folder")
+    path = absolute(folder)
     existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not existing.is_dir():
-        raise NotADirectoryError(f"workdir: cannot make {path}: {existing} is not a folder")
+        raise NotADirectoryError(f"{field}: cannot make {path}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"workdir: cannot write to {path}: no permission for {existing}")
+        raise PermissionError(f"{field}: cannot write to {path}: no permission for {existing}")
     return path
 
 
-def write_whole(path: epath.PathLike, data: str | bytes) -> None:
-    """Writes a file, or replaces it: all of it or nothing. Its folder is made if it is missing."""
+def write_atomic(path: epath.PathLike, data: str | bytes) -> None:
+    """Write a file, or replace it, whole or not at all. Missing parent folders are created."""
     path = epath.Path(path)
     data = data.encode() if isinstance(data, str) else data
     if is_bucket(path):
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
@@ -72,31 +98,125 @@ def write_whole(path: epath.PathLike, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def temporary_name(path: epath.Path) -> epath.Path:
+    """Return a new name beside `path` that no other writer of `path` uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 def write_png(path: epath.PathLike, figure: Figure) -> epath.Path:
-    """Draws a figure into a file, all of it or nothing, and returns the path."""
+    """Write a figure to a PNG file atomically, and return the path."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    write_whole(path, png.getvalue())
+    write_atomic(path, png.getvalue())
     return epath.Path(path)
 
 
 def copy_folder(source: epath.PathLike, target: epath.PathLike) -> None:
-    """Copies all files below a local folder, over those of the same names."""
+    """Copy all files below a local folder. Files of the same name are replaced."""
     for folder, _, names in os.walk(source):
         below = epath.Path(target) / os.path.relpath(folder, source)
         for name in names:
-            write_whole(below / name, epath.Path(folder, name).read_bytes())
+            write_atomic(below / name, epath.Path(folder, name).read_bytes())
 
 
-class Lines:
-    """A file that grows by lines: on a disk at once, in a bucket when it is flushed or closed."""
+@dataclasses.dataclass(frozen=True)
+class FileInfo:
+    """A regular file.
+
+    Attributes:
+      path: absolute path, or gs://...
+      size: bytes.
+      version: modification time in nanoseconds, or the generation of an object in a bucket.
+    """
+
+    path: str
+    size: int
+    version: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+
+def file_info(path: epath.PathLike) -> FileInfo:
+    """Return the `FileInfo` of a file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a regular file (a FIFO or a device).
+    """
+    name = os.fspath(path)
+    if is_bucket(name):
+        fs = bucket_filesystem("path", name)
+        fs.invalidate_cache()
+        return _object_info(fs.info(name))
+    found = os.stat(name)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{name}: not a regular file")
+    return FileInfo(os.path.abspath(name), found.st_size, str(found.st_mtime_ns))
+
+
+def _object_info(info: dict[str, Any]) -> FileInfo:
+    version = info.get("generation") or info.get("updated") or ""
+    return FileInfo(_BUCKET + info["name"].removeprefix(_BUCKET), int(info["size"]), str(version))
+
+
+def list_files(folder: epath.PathLike, suffixes: tuple[str, ...]) -> Iterator[FileInfo]:
+    """Yield the files below a folder whose names end so, sorted by path component.
+
+    Hidden files are skipped. Each real local directory is visited once, however many symbolic links
+    lead to it.
+
+    Raises:
+      ValueError: a FIFO or device is among them.
+    """
+    name = os.fspath(folder)
+    if not is_bucket(name):
+        yield from _walk(os.path.abspath(name), suffixes, set())
+        return
+    fs = bucket_filesystem("path", name)
+    fs.invalidate_cache()
+    root = name.removeprefix(_BUCKET).rstrip("/") + "/"
+    found = {path.removeprefix(root): info for path, info in fs.find(root, detail=True).items()}
+    for path in sorted(found, key=lambda path: path.split("/")):
+        hidden = any(part.startswith(".") for part in path.split("/"))
+        if path.endswith(suffixes) and not hidden:
+            yield _object_info(found[path])
+
+
+def _walk(
+    folder: str, suffixes: tuple[str, ...], visited: set[tuple[int, int]]
+) -> Iterator[FileInfo]:
+    found = os.stat(folder)
+    if (found.st_dev, found.st_ino) in visited:
+        return
+    visited.add((found.st_dev, found.st_ino))
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            continue
+        if os.path.isdir(path):
+            yield from _walk(path, suffixes, visited)
+        elif name.endswith(suffixes):
+            yield file_info(path)
+
+
+def open_binary(path: epath.PathLike) -> BinaryIO:
+    """Open a file on disk or in a bucket for reading and seeking."""
+    if is_bucket(path):
+        return bucket_filesystem("path", path).open(os.fspath(path), "rb", block_size=_READ_AHEAD)
+    return open(path, "rb")
+
+
+class AppendLog:
+    """A file of lines. On disk a line is written at once, in a bucket on `flush` and `close`."""
 
     def __init__(self, path: epath.PathLike, lines: list[str]):
-        """Writes the file anew, with `lines`."""
+        """Write the file anew, with `lines`."""
         self._path = epath.Path(path)
         self._lines = list(lines) if is_bucket(path) else None
         self._file = None
-        write_whole(path, "".join(f"{line}\n" for line in lines))
+        write_atomic(path, "".join(f"{line}\n" for line in lines))
         if self._lines is None:
             self._file = self._path.open("a")
 
@@ -105,13 +225,17 @@ class Lines:
             self._lines.append(line)
         else:
             self._file.write(line + "\n")
-            self._file.flush()  # for whoever watches
+            self._file.flush()  # readers follow the file
 
     def flush(self) -> None:
         if self._file is None:
-            write_whole(self._path, "".join(f"{line}\n" for line in self._lines))
+            write_atomic(self._path, "".join(f"{line}\n" for line in self._lines))
 
     def close(self) -> None:
         self.flush()
         if self._file is not None:
             self._file.close()
+
+
+# The names before the rename, for branches under way.
+write_whole, Lines = write_atomic, AppendLog

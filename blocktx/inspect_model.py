@@ -6,18 +6,16 @@ computed in one pass without a cache. The models know nothing of it: their calls
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from blocktx.config import BlockConfig, StackConfig
-from blocktx.model import Attention, BlockTransformer, Model, unstack_layers
-from blocktx.ops import rotary
+from blocktx.config import BlockConfig, Formulations
+from blocktx.model import BlockTransformer, Model, build, record_attention, unstack_layers
 
 
 def in_blocks(
@@ -155,42 +153,11 @@ def _require_block_model(model: Model) -> None:
 
 def _separate(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The same function, computed in the plain way, layer by layer."""
-    config = dataclasses.replace(model.config, scan_layers=False, remat="none", platform="cpu")
-    params = unstack_layers(params) if model.config.scan_layers else params
-    return model.clone(config=config), params
-
-
-def _recorded(call: Callable[[], Any]) -> tuple[Any, jax.Array]:
-    """What `call` returns, and the attention weights `[layers, H, T, S]` of its one stack."""
-    projected, weights = [], []
-
-    def record(next_function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        result, module = next_function(*args, **kwargs), context.module
-        if context.method_name != "__call__":
-            return result
-        if module.name == "qkv" and isinstance(module.parent, Attention):
-            projected.append(result)
-        elif isinstance(module, Attention):
-            _, position_T, mask_TxS = args[:3]
-            weights.append(_weights(projected.pop(), position_T, mask_TxS, module.stack))
-        return result
-
-    with nn.intercept_methods(record):
-        result = call()
-    return result, jnp.stack(weights)
-
-
-def _weights(
-    qkv_Tx3xD: jax.Array, position_T: jax.Array, mask_TxT: jax.Array, stack: StackConfig
-) -> jax.Array:
-    """The softmax that `Attention` takes over keys, `[H, T, T]`."""
-    qkv_Tx3xHxC = qkv_Tx3xD.reshape(-1, 3, stack.heads, stack.head_size)
-    q_TxHxC, k_TxHxC = (
-        rotary(qkv_Tx3xHxC[:, i], position_T, stack.rotary_dims, stack.rotary_base) for i in (0, 1)
+    config = dataclasses.replace(
+        model.config, scan_layers=False, remat="none", platform="cpu", formulations=Formulations()
     )
-    scores_HxTxT = jnp.einsum("thc,shc->hts", q_TxHxC, k_TxHxC, preferred_element_type=jnp.float32)
-    scores_HxTxT *= stack.head_size**-0.5
-    return jax.nn.softmax(scores_HxTxT, axis=-1, where=mask_TxT)
+    params = unstack_layers(params) if model.config.scan_layers else params
+    return build(config), params
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -205,7 +172,7 @@ def _contexts(
             embeddings_NxnxD = net.embed_blocks(tokens_NxK[None], mask_NxK[None])[0]
         else:
             decoder, embeddings_NxnxD = net.decoder, net.embed(tokens_NxK)
-        return _recorded(lambda: decoder(embeddings_NxnxD, mask_NxK.any(-1)))
+        return record_attention(lambda: decoder(embeddings_NxnxD, mask_NxK.any(-1)))
 
     return model.apply({"params": params}, method=run)
 
@@ -219,7 +186,7 @@ def _token_attention(
     mask_NxK: jax.Array,
 ) -> jax.Array:
     def run(net: BlockTransformer, *block: jax.Array) -> jax.Array:
-        return _recorded(lambda: net.token_decoder(*block))[1]
+        return record_attention(lambda: net.token_decoder(*block))[1]
 
     def one_block(*block: jax.Array) -> jax.Array:
         return model.apply({"params": params}, *block, method=run)

@@ -24,7 +24,7 @@ from blocktx.benchmark import (
     write_json,
 )
 from blocktx.checkpoint import load_params
-from blocktx.model import build, separate_layers
+from blocktx.model import build, for_decoding
 from blocktx.train import read
 
 _CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:NAME; its model is measured.")
@@ -124,7 +124,7 @@ def _saved(path: str, tokens: int) -> Candidate:
     run = loaded.path.parent.parent
     lines = read(run) if (run / "metrics.jsonl").exists() else []
     losses = [line["heldout/loss"] for line in lines if line.get("heldout/loss") is not None]
-    separate = separate_layers(build(model), loaded.params)
+    separate = for_decoding(build(model), loaded.params)
     return Candidate(run.name, *separate, losses[-1] if losses else None)
 
 

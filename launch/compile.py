@@ -24,7 +24,7 @@ from blocktx.compile import (
     table,
 )
 from blocktx.config import RunConfig, from_config_dict
-from blocktx.files import write_whole
+from blocktx.files import write_atomic
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A Python file whose get_config() describes the run (see configs/)."
@@ -89,7 +89,7 @@ def main() -> None:
     print(table(reports))
     if _JSON.value:
         text = json.dumps([report.to_dict() for report in reports], indent=2)
-        write_whole(_JSON.value, text + "\n")
+        write_atomic(_JSON.value, text + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from blocktx.checkpoint import load_params, load_tokenizer
 from blocktx.config import DataConfig, MeshConfig
 from blocktx.data import read_in_memory
 from blocktx.evaluate import Bin, Evaluation, plot_curve, position_curve, summary, text_sums
-from blocktx.files import write_whole
+from blocktx.files import write_atomic
 from blocktx.model import build
 from blocktx.parallel import create_mesh
 
@@ -95,7 +95,7 @@ def main() -> None:
             "data": _DATA.value,
             "stride": _STRIDE.value,
         }
-        write_whole(_JSON.value, json.dumps(found, indent=2) + "\n")
+        write_atomic(_JSON.value, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

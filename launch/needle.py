@@ -15,7 +15,7 @@ from blocktx import command_line
 from blocktx.config import DataConfig
 from blocktx.data import read_in_memory
 from blocktx.evaluate import DEPTHS, PROMPTS, needle_accuracy, plot_accuracy
-from blocktx.files import write_whole
+from blocktx.files import write_atomic
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."
@@ -58,7 +58,7 @@ def main() -> None:
             "depths": DEPTHS,
             "accuracy": dict(zip(PROMPTS, accuracy.tolist(), strict=True)),
         }
-        write_whole(_JSON.value, json.dumps(found, indent=2) + "\n")
+        write_atomic(_JSON.value, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@ r"""Try the paper's findings: train and measure what each of them needs, and wri
 
     python launch/reproduce.py --study=block_length --scale=cpu --workdir=runs/reproduce
 
---study=all makes all of them; what studies have in common is trained once. Ctrl-C saves, and the
-same command goes on: no finished run is repeated. --dry_run says what would be done. The report,
-README.md with charts, is of all studies that --workdir has the results of. It goes to --output with
-results.json; --report_only makes it again from that file alone.
+--study=all makes all of them; a run that several studies share is trained once. --dry_run lists the
+runs. The results, results.json, are written to --output after each finished run, and the report,
+README.md with pictures, at the end; --report_only makes the report again from results.json alone.
+
+After Ctrl-C or SIGKILL the same command resumes: finished runs, in --workdir or in the results.json
+of --output, are not repeated. Several processes can share both folders if their studies or seeds
+differ.
 
 --scale=cpu is for a laptop; --scale=paper has the paper's sizes and 300B tokens a run, and reads
 configs/paper.py: set its data up first. On a pod, start this on every host; then once more in a
@@ -16,20 +19,16 @@ import pathlib
 
 import jax
 from absl import flags
+from etils import epath
 
 from blocktx import command_line, cost
 from blocktx.config import RunConfig
 from blocktx.parallel import initialize
-from blocktx.reproduce import (
-    SCALES,
-    STUDIES,
-    Base,
-    Study,
-    read_results,
-    runner,
-    write_report,
-    write_results,
-)
+from blocktx.reproduce import runner
+from blocktx.reproduce.report import RESULTS, read_results, write_report, write_results
+from blocktx.reproduce.scale import SCALES, Base
+from blocktx.reproduce.studies import STUDIES
+from blocktx.reproduce.study import Results, Study
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -64,22 +63,33 @@ def _seeds(default: tuple[int, ...]) -> list[int]:
     return sorted({int(seed) for seed in _SEEDS.value})
 
 
-def _list(studies: list[Study], seeds: list[int]) -> None:
+def _list(studies: list[Study], seeds: list[int], saved: Results) -> None:
     print(f"{'run':36} {'seed':>4} {'steps':>8} {'tokens':>16} {'FLOPs':>8}")
     for run in {run.name: run for study in studies for run in study.runs}.values():
         training, model = run.config.training, run.config.model
         tokens = training.steps * training.batch_size * model.context_length
         flops = training.steps * cost.train_step(run.config).flops
         for seed in seeds:
-            done = "" if runner.read_run(run, seed, _WORKDIR.value) is None else "  finished"
+            result = runner.read_run(run, seed, _WORKDIR.value, saved)
+            done = "" if result is None else "  finished"
             print(f"{run.name:36} {seed:>4} {training.steps:>8} {tokens:>16,} {flops:8.1e}{done}")
     for speed in {speed.name: speed for study in studies for speed in study.speeds}.values():
-        done = "" if runner.read_speed(speed, _WORKDIR.value) is None else "  finished"
+        done = "" if runner.read_speed(speed, _WORKDIR.value, saved) is None else "  finished"
         print(f"speed of {', '.join(speed.models)}: batch {speed.batch_size}{done}")
 
 
 def _read_config(spec: str) -> RunConfig:
     return command_line.read_config(str(_ROOT / spec))
+
+
+def _saved(output: str, flags_: str, required: bool) -> Results:
+    """Return the results in `output`; if they are not required, perhaps none."""
+    if not required and not (epath.Path(output) / RESULTS).exists():
+        return Results({}, {})
+    results, made_with = read_results(output)
+    if made_with != flags_:
+        raise ValueError(f"{output} has results of {made_with}, and {flags_} is asked for")
+    return results
 
 
 def main() -> None:
@@ -89,20 +99,25 @@ def main() -> None:
     chosen, seeds = _chosen(studies), _seeds(scale.seeds)
     flags_ = f"--scale={_SCALE.value}" + (f" --steps={_STEPS.value}" if _STEPS.value else "")
     output, failed = _OUTPUT.value or _WORKDIR.value, {}
+    results = _saved(output, flags_, required=_REPORT_ONLY.value)
     if _DRY_RUN.value:
-        _list(chosen, seeds)
+        _list(chosen, seeds, results)
         return
-    if _REPORT_ONLY.value:
-        results, made_with, seeds = read_results(output)
-        if made_with != flags_:
-            raise ValueError(f"{output} has results of {made_with}, and {flags_} is asked for")
-    else:
+    if not _REPORT_ONLY.value:
         initialize("auto")
-        failed = runner.run_all(chosen, seeds, _WORKDIR.value)
+
+        def save() -> None:  # other processes may have written since
+            everything = runner.collect(
+                studies.values(), _WORKDIR.value, _saved(output, flags_, required=False)
+            )
+            if jax.process_index() == 0:
+                write_results(output, everything, flags_)
+
+        failed = runner.run_all(chosen, seeds, _WORKDIR.value, results, save)
         if jax.process_index():
             return
-        results = runner.collect(studies.values(), seeds, _WORKDIR.value)
-        write_results(output, results, flags_, seeds)
+        save()
+        results = _saved(output, flags_, required=True)
     print(write_report(output, studies.values(), results, flags_, seeds))
     if failed:
         raise ValueError(f"{len(failed)} failed, see above: {', '.join(failed)}")

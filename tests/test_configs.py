@@ -11,8 +11,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from blocktx.config.conversion import from_config_dict, to_config_dict
 from blocktx.config.model import EmbedderConfig, StackConfig
-from blocktx.config.run import from_config_dict, to_config_dict
 from blocktx.cost import count_params
 from blocktx.model.build import build
 

@@ -13,6 +13,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from blocktx import cost
+from blocktx.config.conversion import from_config_dict
 from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
@@ -20,9 +21,9 @@ from blocktx.config.model import (
     StackConfig,
     VanillaConfig,
 )
-from blocktx.config.run import LossConfig, RunConfig, TrainingConfig, from_config_dict
+from blocktx.config.run import LossConfig, RunConfig, TrainingConfig
 from blocktx.model.build import build, init_params
-from blocktx.model.loss import position_sums
+from blocktx.model.loss import loss_by_position
 from blocktx.train.step import create_state, train_step
 
 _FILE = pathlib.Path(__file__).parents[1] / "configs" / "paper.py"
@@ -151,7 +152,7 @@ def test_flops_of_a_training_step_are_those_of_its_products(config):
     tokens, mask = batch_of(config, 3)
 
     def objective(params, tokens, mask):
-        return position_sums(net, params, tokens, mask)[0].sum()
+        return loss_by_position(net, params, tokens, mask)[0].sum()
 
     params = abstract_params(net)
     forward = cost.forward(config, 3)
@@ -227,7 +228,7 @@ def test_bytes_of_a_forward_pass_are_those_of_its_products(config, monkeypatch):
     # An attention's scores would be among them: it is left out here, and counted by hand below.
     monkeypatch.setattr(cost, "_attend", lambda *args: cost.Cost())
     net = build(config)
-    forward = functools.partial(position_sums, net)
+    forward = functools.partial(loss_by_position, net)
     jaxpr = jax.make_jaxpr(forward)(abstract_params(net), *batch_of(config, 2)).jaxpr
     linear = [product for product in products(jaxpr) if not product.batched]
     assert cost.forward(config, 2).bytes == sum(product.bytes for product in linear)

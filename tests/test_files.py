@@ -6,7 +6,7 @@ import os
 import pytest
 from etils import epath
 
-from blocktx.files import Lines, copy_folder, run_folder, write_whole
+from blocktx.files import AppendLog, copy_folder, run_folder, write_atomic
 
 
 def test_local_folder(tmp_path, monkeypatch):
@@ -38,7 +38,7 @@ def test_bucket_that_cannot_be(monkeypatch):
 
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "config.json"
-    write_whole(path, "old")
+    write_atomic(path, "old")
 
     def full(self, data):
         with self.open("wb") as file:
@@ -47,12 +47,12 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path(path)), "write_bytes", full)
     with pytest.raises(OSError, match="no space left"):
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
 
 
 def test_lines_are_there_at_once(tmp_path):
-    lines = Lines(tmp_path / "lines", ["a", "b"])
+    lines = AppendLog(tmp_path / "lines", ["a", "b"])
     lines.write("c")
     assert (tmp_path / "lines").read_text() == "a\nb\nc\n"
     lines.close()

@@ -9,6 +9,7 @@ from blocktx.benchmark.machine import measure_machine
 from blocktx.benchmark.measure import (
     SETTINGS,
     Candidate,
+    counted_bytes,
     decode_throughput,
     equal_vanilla,
     largest_batch,
@@ -21,6 +22,7 @@ from blocktx.benchmark.report import plot, table, write_json
 __all__ = [
     "SETTINGS",
     "Candidate",
+    "counted_bytes",
     "decode_throughput",
     "equal_vanilla",
     "largest_batch",

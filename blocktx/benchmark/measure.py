@@ -14,8 +14,16 @@ from tqdm import tqdm
 from blocktx import cost
 from blocktx.benchmark.machine import Machine
 from blocktx.config import BlockConfig, ModelConfig, VanillaConfig
-from blocktx.decode import Prompts, Sampling, advance, generate, place_prompts, prefill
-from blocktx.model import Model, build, init_params, separate_layers
+from blocktx.decode import (
+    Prompts,
+    Sampling,
+    SamplingConfig,
+    decode_blocks,
+    generate,
+    layout_prompts,
+    prefill,
+)
+from blocktx.model import Model, build, for_decoding, init_params
 
 SETTINGS = {"prefill_heavy": (2048, 128), "decode_heavy": (128, 2048)}  # of the paper, section 3
 
@@ -74,7 +82,7 @@ def random_model(config: ModelConfig) -> tuple[Model, dict]:
     """A model with new weights, ready to decode: speed does not depend on what they are."""
     model = build(config)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    return separate_layers(model, params)
+    return for_decoding(model, params)
 
 
 def with_room(config: ModelConfig, tokens: int, dtype: str | None = None) -> ModelConfig:
@@ -198,7 +206,10 @@ def program_bytes(
     net, params = candidate.model, candidate.params
     prompts = _place(net.config, batch_size, prompt_tokens, new_tokens)
     state = jax.eval_shape(functools.partial(prefill, net), params, prompts)
-    sampling, number = Sampling.create(rows=len(prompts.end_B), temperature=0), np.int32(0)
+    sampling, number = (
+        Sampling.create(SamplingConfig(temperature=0), rows=len(prompts.end_B)),
+        np.int32(0),
+    )
 
     def needed(program: jax.stages.Lowered, *inputs: Any) -> int:
         memory = program.compile().memory_analysis()
@@ -207,13 +218,13 @@ def program_bytes(
 
     return max(
         needed(prefill.lower(net, params, prompts), prompts),
-        needed(advance.lower(net, params, state, sampling, number, number), state, sampling),
+        needed(decode_blocks.lower(net, params, state, sampling, number, number), state, sampling),
     )
 
 
 def counted_bytes(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> int:
     """Bytes of a row's cache and of the logits of the token that it is at."""
-    slots = _place(config, 1, prompt_tokens, new_tokens).slots
+    slots = _place(config, 1, prompt_tokens, new_tokens).cache_blocks
     return cost.cache_bytes(config, slots) + cost.logits_bytes(config, 1)
 
 
@@ -256,7 +267,7 @@ def _prefill_alone(
 
 def _place(config: ModelConfig, batch_size: int, prompt_tokens: int, new_tokens: int) -> Prompts:
     tokens_BxT = _prompts(config, batch_size, prompt_tokens)
-    return place_prompts(
+    return layout_prompts(
         tokens_BxT,
         np.ones_like(tokens_BxT),
         config,

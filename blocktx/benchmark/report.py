@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from blocktx.benchmark.machine import Machine
 from blocktx.benchmark.measure import Result
-from blocktx.files import write_png, write_whole
+from blocktx.files import write_atomic, write_png
 
 
 def table(results: Sequence[Result], machine: Machine) -> str:
@@ -45,7 +45,7 @@ def write_json(
         "machine": machine._asdict(),
         "results": [dataclasses.asdict(result) for result in results],
     }
-    write_whole(path, json.dumps(out, indent=2) + "\n")
+    write_atomic(path, json.dumps(out, indent=2) + "\n")
     return pathlib.Path(path)
 
 

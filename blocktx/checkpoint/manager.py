@@ -129,7 +129,8 @@ def _fixed_fields(config: RunConfig) -> dict[str, Any]:
     whole = to_dict(config)
     for section in ("model", "data", "seed"):
         walk(f"config.{section}", whole[section])
-    del fields["config.data.cache_dir"]  # where the cache lies does not change the data
+    for name in ("cache_dir", "verify_shards"):  # neither changes the data
+        del fields[f"config.data.{name}"]
     for name in ("remat", "platform"):  # the same function, computed another way
         del fields[f"config.model.{name}"]
     fields["config.training.batch_size"] = config.training.batch_size  # the data's state counts it

@@ -20,7 +20,7 @@ from blocktx.compile.hlo_cost import cycles, flops, hbm_bytes
 from blocktx.compile.report import GIB, Report
 from blocktx.compile.topology import Topology
 from blocktx.config import MeshConfig, ModelConfig, RunConfig
-from blocktx.decode import Prompts, Sampling, advance, prefill
+from blocktx.decode import Prompts, Sampling, decode_blocks, prefill
 from blocktx.model import abstract_params, build
 from blocktx.parallel import batch_parts, batch_sharding, check_model_fits, create_mesh, replicated
 from blocktx.train import abstract_batch, abstract_state, check_run, train_step
@@ -116,16 +116,14 @@ def compile_decoding(
         work = cost.extend(model, batch_size // parts, slots, slots)
     else:
         state = by_row(jax.eval_shape(functools.partial(prefill, net), params, prompts))
-        choice = Sampling.create(rows=batch_size)
-        sampling, number = _placed((choice, jnp.int32(0)), replicated(mesh))
-        sampling = sampling.replace(seed_Bx2=by_row(choice.seed_Bx2))
+        sampling, number = by_row((Sampling.create(rows=batch_size), jnp.int32(0)))
         arguments = {
             "parameters": params,
             "cache": state.cache,
             "state": (state.replace(cache=()), sampling),
         }
         with jax.set_mesh(mesh):
-            lowered = advance.lower(net, params, state, sampling, number, number)
+            lowered = decode_blocks.lower(net, params, state, sampling, number, number)
         work = cost.decode_block(model, batch_size // parts, slots)
     compilation = _Compilation(
         program=program,
@@ -236,7 +234,7 @@ def _prompts(config: ModelConfig, rows: int, slots: int) -> Prompts:
     """Prompts that fill their cache."""
     numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((rows, slots, config.block_length), jnp.int32)
-    return Prompts(tokens, numbers, numbers, numbers, numbers, slots=slots)
+    return Prompts(tokens, numbers, numbers, numbers, numbers, cache_blocks=slots)
 
 
 def _placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:

@@ -1,18 +1,27 @@
 """How is a model and a run described?
 
-model.py  frozen dataclasses of a model
-run.py    frozen dataclasses of a run; conversion from and to ConfigDicts
+errors.py      the error for mistakes that only a person can correct
+fields.py      checks that every config class applies to its fields
+stack.py       frozen dataclasses of a stack of layers
+formulations.py  how operations are computed on a backend
+model.py       frozen dataclasses of a model
+distill.py     frozen dataclasses of distillation
+run.py         frozen dataclasses of a run
+conversion.py  conversion from and to ConfigDicts and plain dicts
+saved.py       configurations in files, of this version and older ones
 """
 
+from blocktx.config.conversion import from_config_dict, to_config_dict, to_dict
+from blocktx.config.distill import DistillConfig, Multipliers, StageConfig
+from blocktx.config.errors import UserError, user_errors
+from blocktx.config.fields import FieldError, check_fields, divisors
+from blocktx.config.formulations import Formulations
 from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
     EncoderConfig,
-    FieldError,
     ModelConfig,
-    StackConfig,
     VanillaConfig,
-    divisors,
 )
 from blocktx.config.run import (
     DataConfig,
@@ -21,27 +30,38 @@ from blocktx.config.run import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
-    from_config_dict,
-    to_config_dict,
-    to_dict,
 )
+from blocktx.config.saved import FORMAT_VERSION, from_saved, portable, to_saved
+from blocktx.config.stack import RotaryScaling, StackConfig
 
 __all__ = [
+    "FORMAT_VERSION",
     "BlockConfig",
     "DataConfig",
+    "DistillConfig",
     "EmbedderConfig",
     "EncoderConfig",
     "FieldError",
+    "Formulations",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
+    "Multipliers",
     "OptimizerConfig",
+    "RotaryScaling",
     "RunConfig",
     "StackConfig",
+    "StageConfig",
     "TrainingConfig",
+    "UserError",
     "VanillaConfig",
+    "check_fields",
     "divisors",
     "from_config_dict",
+    "from_saved",
+    "portable",
     "to_config_dict",
     "to_dict",
+    "to_saved",
+    "user_errors",
 ]

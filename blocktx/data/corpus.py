@@ -1,177 +1,288 @@
-"""A corpus as token ids on disk: tokenised once, memory-mapped, split into train and held-out."""
+"""The data of a run: its sources, prepared, split into training and held-out documents."""
 
 import array
-import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
+from etils import epath
 
 from blocktx.config import DataConfig
 from blocktx.data import sources
 from blocktx.data.disk_cache import cached_folder
+from blocktx.data.documents import DocumentRange, Documents, split
+from blocktx.data.manifest import Manifest
+from blocktx.data.preparation import prepare_folder
+from blocktx.data.shards import ShardedTokens
+from blocktx.data.sources import PREPARED, Source, parse_sources
+from blocktx.data.text_files import pieces
 from blocktx.data.tokenizer import Tokenizer
 
-_FORMAT = 2  # of the cached files; a change makes old ones unknown
+PACKING = 2  # the version of how documents become batches; a change makes runs unresumable
 
-
-_BATCH_CHARACTERS = 1 << 20  # tokenised at a time
+_FORMAT = 3  # of the cached files; a change makes old ones unknown
+_BATCH_CHARACTERS = 1 << 20  # tokenized at a time
+_MANY_HELDOUT = 50_000_000  # tokens, whose evaluation takes long
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Documents:
-    """Token ids of D documents, one after the other, each ended by the end token."""
+class Mixture:
+    """Training documents by source.
 
-    tokens: np.ndarray  # uint16 or uint32 [tokens], memory-mapped
-    offsets: np.ndarray  # int64 [D + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
-    text_bytes: int  # of all texts, in UTF-8
+    Attributes:
+      names: the sources as they were given.
+      weights: the share of contexts that are of each source; they sum to 1.
+      documents: those of each source.
+    """
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    documents: tuple[Documents, ...]
+
+    @property
+    def document_count(self) -> int:
+        return sum(map(len, self.documents))
+
+    @property
+    def token_count(self) -> int:
+        return sum(documents.token_count for documents in self.documents)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
+    """The data of a run.
+
+    Attributes:
+      tokenizer: of all documents.
+      train: the training documents.
+      heldout: those for evaluation; none if `holdout_every` is 0 or there is only one document.
+      digest: SHA-256 of all tokens, and of how they are divided and mixed, in hexadecimal.
+    """
+
     tokenizer: Tokenizer
-    train: Documents
-    heldout: Documents  # has no documents where holdout_every is 0 or there is only one
-    digest: str  # SHA-256 of all tokens and offsets, in hexadecimal
+    train: Mixture
+    heldout: Documents
+    digest: str
 
 
 def prepare(config: DataConfig, vocab_size: int) -> Corpus:
-    """The tokenised corpus, from the cache if nothing that it depends on has changed.
+    """Return the tokenized data of a run. Sources that are not prepared are prepared in the cache.
 
-    Every `holdout_every`-th document is held out, or the last one of two and more if there are
-    fewer than that. A tokenizer to be trained sees the training documents only.
+    Every `holdout_every`-th document of a source is held out, or the last one of two and more if
+    there are fewer than that; or, with `heldout_source`, all documents of that. A tokenizer to be
+    trained sees the training documents only.
 
     Args:
       config: `config.data`.
-      vocab_size: `config.model.vocab_size`; what a tokenizer to be trained may use.
+      vocab_size: `config.model.vocab_size`; the most ids of a tokenizer to be trained.
 
     Raises:
-      FileNotFoundError: source or tokenizer is not there.
-      ValueError: the source is empty or not readable, the tokenizer lacks a special token or has
-        more ids than `vocab_size`, or the cache cannot be written to.
+      FileNotFoundError: a source or the tokenizer is missing.
+      ValueError: a source is empty or cannot be read, the tokenizer lacks a special token, has
+        more ids than `vocab_size` or is not that of a prepared source, or the cache cannot be
+        written to.
     """
-    split = {
-        "format": _FORMAT,
-        "source": sources.fingerprint(config.source),
-        "text_field": config.text_field,
-        "holdout_every": config.holdout_every,
-    }
-    tokenizer = _tokenizer(config, vocab_size, split)
+    training = parse_sources(config.source)
+    heldout = ()
+    if config.heldout_source:
+        heldout = parse_sources(config.heldout_source, "config.data.heldout_source")
+    tokenizer = _tokenizer(config, training, heldout, vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"config.model.vocab_size: {vocab_size} is less than the {tokenizer.vocab_size} ids of "
             f"the tokenizer (config.data.tokenizer {config.tokenizer!r}); use "
             f"{tokenizer.vocab_size} or more"
         )
-    key = {"documents": split, "tokenizer": tokenizer.fingerprint, "end_id": tokenizer.end_id}
-    folder = cached_folder(
-        config.cache_dir,
-        key,
-        lambda folder: _write(folder, _split_documents(config, "Tokenising"), tokenizer),
+    folders = [_prepared(config, source.spec, tokenizer) for source in (*training, *heldout)]
+    return _corpus(config, tokenizer, training, heldout, folders)
+
+
+def _corpus(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    training: Sequence[Source],
+    heldout: Sequence[Source],
+    folders: Sequence[tuple[epath.Path, Manifest]],
+) -> Corpus:
+    tokens = ShardedTokens(folders, verify=config.verify_shards)
+    counts = [manifest.documents for _, manifest in folders]
+    bounds = np.cumsum([0, *counts]).tolist()
+    every = 0 if heldout else config.holdout_every
+    train_ranges, heldout_ranges = [], []
+    for i in range(len(training)):
+        train, held = split(bounds[i], bounds[i + 1], every)
+        train_ranges.append(train)
+        heldout_ranges.append(held)
+    if heldout:
+        heldout_ranges = [DocumentRange(bounds[len(training)], bounds[-1])]
+    held_ids = np.concatenate([part.ids() for part in heldout_ranges])
+    offsets, held_bytes = _read_index(tokens, bounds[-1], held_ids)
+    documents = []
+    for i, part in enumerate(train_ranges):
+        # A held-out document's bytes are in its source's.
+        held = (held_ids >= part.first) & (held_ids < part.end)
+        text_bytes = folders[i][1].text_bytes - float(held_bytes[held].sum(dtype=np.float64))
+        documents.append(Documents(tokens, offsets, round(text_bytes), (part,)))
+    given = [source.weight for source in training]
+    amounts = [d.token_count for d in documents] if None in given else given
+    whole = sum(amounts)
+    train = Mixture(
+        tuple(source.spec for source in training),
+        tuple(amount / whole for amount in amounts) if whole else (1.0,) * len(amounts),
+        tuple(documents),
     )
-    digest = (folder / "digest").read_text()
-    return Corpus(tokenizer, _open(folder, "train"), _open(folder, "heldout"), digest)
+    held = Documents(
+        tokens, offsets, round(float(held_bytes.sum(dtype=np.float64))), tuple(heldout_ranges)
+    )
+    if held.token_count > _MANY_HELDOUT:
+        print(
+            f"warning: {held.token_count:,} tokens are held out, and every evaluation reads them "
+            "all; raise config.data.holdout_every, or name a config.data.heldout_source",
+            file=sys.stderr,
+        )
+    divided = [dataclasses.astuple(part) for part in (*train_ranges, *heldout_ranges)]
+    identity = [PACKING, [m.digest for _, m in folders], divided, given]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return Corpus(tokenizer, train, held, digest)
+
+
+def _read_index(
+    tokens: ShardedTokens, count: int, held_ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the offsets of all documents, int64, and the bytes of text of the held-out ones."""
+    offsets, place = np.zeros(count + 1, np.int64), 0
+    held_bytes = np.zeros(len(held_ids), np.float32)
+    for lengths, text_bytes in tokens.indices():
+        end = place + len(lengths)
+        np.cumsum(lengths, dtype=np.int64, out=offsets[place + 1 : end + 1])
+        offsets[place + 1 : end + 1] += offsets[place]
+        here = slice(*np.searchsorted(held_ids, [place, end]))
+        held_bytes[here] = text_bytes[held_ids[here] - place]
+        place = end
+    return offsets, held_bytes
 
 
 def read_in_memory(source: str, text_field: str, tokenizer: Tokenizer) -> Documents:
-    """All documents of `source`, none held out and nothing kept on disk, for evaluation.
+    """Return all documents of a source, none held out and nothing kept on disk, for evaluation.
 
     Raises:
       FileNotFoundError, ValueError: as `blocktx.data.sources.read_documents`.
     """
     texts = sources.read_documents(source, text_field)
-    texts = tqdm.tqdm(texts, desc="Tokenising", unit=" documents", disable=None)
+    texts = tqdm.tqdm(texts, desc="Tokenizing", unit=" documents", disable=None)
     tokens, offsets, text_bytes = array.array("I"), [0], 0
-    for batch in _batches((text, False) for text in texts):
-        for (text, _), ids in zip(
-            batch, tokenizer.encode_batch([text for text, _ in batch]), strict=True
-        ):
-            tokens.extend([*ids, tokenizer.end_id])
-            offsets.append(len(tokens))
-            text_bytes += len(text.encode())
+    for document in texts:
+        if isinstance(document, np.ndarray):
+            raise ValueError(f"config.data.source: {source!r} holds tokens, expected text")
+        for piece in pieces(document):
+            tokens.extend(tokenizer.encode(piece))
+            text_bytes += len(piece.encode())
+        tokens.append(tokenizer.end_id)
+        offsets.append(len(tokens))
     return Documents(np.frombuffer(tokens, np.uintc), np.array(offsets, np.int64), text_bytes)
 
 
-def _tokenizer(config: DataConfig, vocab_size: int, split: dict[str, Any]) -> Tokenizer:
+def _prepared(config: DataConfig, spec: str, tokenizer: Tokenizer) -> tuple[epath.Path, Manifest]:
+    """Return the prepared folder of a source, and its manifest."""
+    if spec.startswith(PREPARED):
+        folder = epath.Path(spec.removeprefix(PREPARED)).expanduser()
+        manifest = Manifest.load(folder)
+        found, wanted = manifest.tokenizer["fingerprint"], tokenizer.fingerprint
+        if found != wanted:
+            raise ValueError(
+                f"config.data.source: {spec!r} was prepared with another tokenizer (fingerprint "
+                f"{found[:12]}) than config.data.tokenizer {config.tokenizer!r} (fingerprint "
+                f"{wanted[:12]}); use --config.data.tokenizer={folder / 'tokenizer.json'}, or "
+                "prepare it again"
+            )
+        if manifest.tokenizer["end_id"] != tokenizer.end_id:
+            raise ValueError(
+                f"config.data.end_token: {spec!r} was prepared with the end token of id "
+                f"{manifest.tokenizer['end_id']}, and {config.end_token!r} has id "
+                f"{tokenizer.end_id}; use the same"
+            )
+        return folder, manifest
+    key = {
+        "format": _FORMAT,
+        "documents": sources.fingerprint(spec),
+        "text_field": config.text_field,
+        "tokenizer": tokenizer.fingerprint,
+        "end_id": tokenizer.end_id,
+    }
+
+    def build(folder: pathlib.Path) -> None:
+        prepare_folder(
+            [spec], tokenizer, folder, text_field=config.text_field, field="config.data.cache_dir"
+        )
+
+    folder = epath.Path(cached_folder(config.cache_dir, key, build))
+    return folder, Manifest.load(folder)
+
+
+def _tokenizer(
+    config: DataConfig, training: Sequence[Source], heldout: Sequence[Source], vocab_size: int
+) -> Tokenizer:
+    special = (config.end_token, config.pad_token)
     if config.tokenizer != "train":
-        return Tokenizer.load(config.tokenizer, config.end_token, config.pad_token)
+        return Tokenizer.load(config.tokenizer, *special)
+    for source in (*training, *heldout):
+        if source.spec.startswith(PREPARED):
+            folder = epath.Path(source.spec.removeprefix(PREPARED)).expanduser()
+            Manifest.load(folder)
+            return Tokenizer.load(folder / "tokenizer.json", *special)
+    every = 0 if heldout else config.holdout_every
+    specs = [source.spec for source in training]
+    key = {
+        "tokenizer": [sources.fingerprint(spec) for spec in specs],
+        "text_field": config.text_field,
+        "holdout_every": every,
+        "vocab_size": vocab_size,
+        "special_tokens": special,
+    }
 
     def train(folder: pathlib.Path) -> None:
-        documents = _split_documents(config, "Training the tokenizer")
-        training = (text for text, heldout in documents if not heldout)
-        tokenizer = Tokenizer.train(training, vocab_size, config.end_token, config.pad_token)
+        tokenizer = train_tokenizer(specs, config.text_field, every, vocab_size, *special)
         tokenizer.save(folder / "tokenizer.json")
 
-    special = [config.end_token, config.pad_token]
-    key = {"tokenizer": split, "vocab_size": vocab_size, "special_tokens": special}
-    folder = cached_folder(config.cache_dir, key, train)
-    return Tokenizer.load(folder, config.end_token, config.pad_token)
+    return Tokenizer.load(cached_folder(config.cache_dir, key, train), *special)
 
 
-def _split_documents(config: DataConfig, doing: str) -> Iterator[tuple[str, bool]]:
-    """Yields each document and whether it is held out."""
-    every = config.holdout_every
-    documents = sources.read_documents(config.source, config.text_field)
-    documents = iter(tqdm.tqdm(documents, desc=doing, unit=" documents", disable=None))
-    text, count = next(documents), 1
-    for following in documents:
-        yield text, every > 0 and count % every == 0
-        text, count = following, count + 1
-    last_of_few = 2 <= count < every
-    yield text, last_of_few or (every > 0 and count % every == 0)
+def train_tokenizer(
+    specs: Sequence[str],
+    text_field: str,
+    holdout_every: int,
+    vocab_size: int,
+    end_token: str,
+    pad_token: str,
+) -> Tokenizer:
+    """Return a tokenizer that is trained on the training documents of sources.
 
+    Raises:
+      FileNotFoundError, ValueError: as `blocktx.data.sources.read_documents`.
+    """
 
-def _batches(pairs: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    batch, characters = [], 0
-    for text, heldout in pairs:
-        batch.append((text, heldout))
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    def texts() -> Any:
+        for spec in specs:
+            documents = sources.read_documents(spec, text_field)
+            progress = tqdm.tqdm(
+                documents, desc="Training the tokenizer", unit=" documents", disable=None
+            )
+            waiting, count = None, 0  # the last of a few is held out
+            for document in progress:
+                if waiting is not None:
+                    yield from waiting
+                count += 1
+                held = isinstance(document, np.ndarray) or (
+                    holdout_every and count % holdout_every == 0
+                )
+                waiting = () if held else pieces(document)  # a stream is not read yet
+            if waiting is not None and not 2 <= count < holdout_every:
+                yield from waiting
 
-
-def _write(folder: pathlib.Path, pairs: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> None:
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    names = ("train", "heldout")
-    offsets = [array.array("q", [0]) for _ in names]
-    text_bytes = [0 for _ in names]
-    digests = [hashlib.sha256() for _ in names]  # as they are written: of all, however many
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context((folder / f"{name}.tokens").open("wb")) for name in names]
-        for batch in _batches(pairs):
-            ids = tokenizer.encode_batch([text for text, _ in batch])
-            for (text, heldout), document in zip(batch, ids, strict=True):
-                tokens = np.array([*document, tokenizer.end_id], dtype).tobytes()
-                files[heldout].write(tokens)
-                digests[heldout].update(tokens)
-                offsets[heldout].append(offsets[heldout][-1] + len(document) + 1)
-                text_bytes[heldout] += len(text.encode())
-    for i, name in enumerate(names):
-        np.save(folder / f"{name}.offsets.npy", np.array(offsets[i], np.int64))
-        description = {"dtype": np.dtype(dtype).name, "text_bytes": text_bytes[i]}
-        (folder / f"{name}.json").write_text(json.dumps(description))
-        digests[i].update(offsets[i].tobytes())
-    whole = hashlib.sha256(b"".join(digest.digest() for digest in digests))
-    (folder / "digest").write_text(whole.hexdigest())
-
-
-def _open(folder: pathlib.Path, name: str) -> Documents:
-    description = json.loads((folder / f"{name}.json").read_text())
-    offsets = np.load(folder / f"{name}.offsets.npy")
-    dtype = np.dtype(description["dtype"])
-    if len(offsets) == 1:  # an empty file cannot be mapped
-        tokens = np.empty(0, dtype)
-    else:
-        tokens = np.memmap(folder / f"{name}.tokens", dtype, mode="r")
-    return Documents(tokens, offsets, description["text_bytes"])
+    return Tokenizer.train(texts(), vocab_size, end_token, pad_token)

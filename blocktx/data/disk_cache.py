@@ -1,6 +1,7 @@
 """Folders that are computed once: found again by a key, whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,24 +12,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_MANIFEST = "manifest.json"
-
-
+_MANIFEST = "cache.json"
 _UNFINISHED = ".unfinished-"
-
-
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _ABANDONED_AFTER = 24 * 3600  # seconds without a write
 
 
 def cached_folder(
     cache_dir: str, key: dict[str, Any], build: Callable[[pathlib.Path], None]
 ) -> pathlib.Path:
-    """The folder that `build(folder)` filled with files, now or in an earlier call with this key.
+    """Return the folder that `build(folder)` filled, now or in an earlier call with this key.
 
-    A failing or interrupted `build` leaves nothing behind; what one that was killed has left is
-    removed by the first build a day later. A folder whose files have been touched since is thrown
-    away and built again. Processes that build the same folder at once each do the
-    work, and all get the result of the first to finish.
+    A failing or interrupted `build` leaves nothing behind. What a killed one leaves is removed by
+    the first build a day later. A folder whose files were changed since is replaced. Processes that
+    build the same folder at once each do the work, and all get the result of the first to finish.
 
     Args:
       cache_dir: a local folder, made if missing; `~` is the home folder.
@@ -50,27 +47,47 @@ def cached_folder(
         root.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=root)
     except OSError as error:
-        raise ValueError(
-            f"config.data.cache_dir: cannot write to {cache_dir!r} ({error.strerror}); "
-            "use a folder that you may write to"
-        ) from error
+        raise _unwritable(cache_dir, error) from error
     _remove_abandoned(root)
     with temporary:
-        if folder.exists():  # broken
-            aside = pathlib.Path(temporary.name, "broken")
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
         unfinished = pathlib.Path(temporary.name, "unfinished")
         unfinished.mkdir()
-        build(unfinished)
-        _write_manifest(unfinished, key)
+        try:
+            build(unfinished)
+            _write_manifest(unfinished, key)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise _unwritable(cache_dir, error) from error
+        _publish(unfinished, folder, pathlib.Path(temporary.name, "broken"))
+    return folder
+
+
+def _unwritable(cache_dir: str, error: OSError) -> ValueError:
+    would = "make room" if error.errno in _NO_ROOM else "use a folder that you may write to"
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ValueError(f"config.data.cache_dir: cannot write to {cache_dir!r} ({reason}); {would}")
+
+
+def _publish(unfinished: pathlib.Path, folder: pathlib.Path, aside: pathlib.Path) -> None:
+    """Give a folder its name, in place of a broken one, unless another process was faster."""
+    for _ in range(100):
         try:
             unfinished.rename(folder)
+            return
         except OSError:
-            if not _is_whole(folder):  # else another process was faster
+            if _is_whole(folder):
+                return
+            if not folder.exists():
                 raise
-    return folder
+        # What is moved aside is looked at again: it may be another process's good one.
+        with contextlib.suppress(OSError):
+            folder.rename(aside)
+            if _is_whole(aside):
+                with contextlib.suppress(OSError):  # another one has taken its place
+                    aside.rename(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+    raise ValueError(f"config.data.cache_dir: cannot replace the broken folder {folder}; remove it")
 
 
 def _remove_abandoned(root: pathlib.Path) -> None:
@@ -88,10 +105,10 @@ def _stat(path: pathlib.Path) -> list[int]:
 
 def _write_manifest(folder: pathlib.Path, key: dict[str, Any]) -> None:
     files = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())  # a power cut must not leave a manifest without its files
-        files[path.name] = _stat(path)
+        files[os.fspath(path.relative_to(folder))] = _stat(path)
     with (folder / _MANIFEST).open("w") as file:
         json.dump({"key": key, "files": files}, file, indent=1)
         file.flush()

@@ -3,9 +3,12 @@
 import functools
 import hashlib
 import itertools
+import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -17,7 +20,7 @@ from blocktx.data.tokenizer_files import (
     read_companions,
     special_token_names,
 )
-from blocktx.files import write_whole
+from blocktx.files import write_atomic
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Tokens of the prompt that a continuation is decoded after. A character has at most 4 bytes, and a
@@ -207,6 +210,22 @@ class Tokenizer:
         text = whole[len(before) :]
         return text if final else text.rstrip(_REPLACEMENT)
 
+    def byte_lengths(self) -> np.ndarray:
+        """Return the UTF-8 bytes of each id's text, int64 [vocab_size]; special tokens have 0.
+
+        Exact for byte-level tokenizers; others may add or strip spaces when they decode.
+        """
+        lengths = np.zeros(self.vocab_size, np.int64)
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        for token, id_ in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):  # byte fallback
+                lengths[id_] = 1
+            else:  # a byte-level token has a character for each byte
+                lengths[id_] = len(token if byte_level else token.replace("▁", " ").encode())
+        for id_, token in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[id_] = 0 if token.special else len(token.content.encode())
+        return lengths
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer.json, and its companions beside it, that `load` reads.
 
@@ -214,8 +233,8 @@ class Tokenizer:
         """
         path = epath.Path(path)
         for name, text in self._companions.items():
-            write_whole(path.parent / name, text)
-        write_whole(path, self._tokenizer.to_str(pretty=True))
+            write_atomic(path.parent / name, text)
+        write_atomic(path, self._tokenizer.to_str(pretty=True))
 
     @functools.cached_property
     def _with_special_tokens(self) -> tokenizers.Tokenizer:

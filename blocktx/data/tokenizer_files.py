@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from blocktx.files import is_bucket, write_whole
+from blocktx.files import is_bucket, write_atomic
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _COMPANIONS = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -82,7 +82,7 @@ def read_tokenizer_files(file: epath.PathLike) -> dict[str, str]:
 def copy_tokenizer(file: epath.PathLike, folder: epath.PathLike) -> None:
     """Copy a tokenizer.json and the files that accompany it into an existing folder."""
     for name, text in read_tokenizer_files(file).items():
-        write_whole(epath.Path(folder) / name, text)
+        write_atomic(epath.Path(folder) / name, text)
 
 
 def end_token_ids(companions: Mapping[str, str]) -> list[int]:

@@ -1,28 +1,58 @@
 """How is text generated?
 
-prompts.py   prompts laid out in whole blocks
-sampling.py  samplers
-loop.py      jitted prefill and decoding loop
-generate.py  token batches continued by the loop
-stream.py    text of growing token sequences
-engine.py    text in, text out
+sampling.py    sampling parameters
+sampler.py     the choice of a token from logits
+prompts.py     prompts laid out in whole blocks
+block.py       one block of each row
+loop.py        batches: jitted prefill and decoding loop
+generate.py    batches: host code around the loop
+rows.py        continuous decoding: jitted functions over a fixed number of rows
+request.py     continuous decoding: a request's part of the arrays
+continuous.py  continuous decoding: requests admitted to free rows
+stream.py      text of growing token sequences
+inputs.py      prompts and stop conditions as users give them
+engine.py      text in, text out
+
+`generate` works on arrays in host memory and cannot be traced. The functions below it can. They are
+jitted and pure, and their state is a pytree:
+
+    prompts = layout_prompts(tokens_BxT, mask_BxT, model.config, max_new_tokens=64, ...)
+    sampling = Sampling.create(SamplingConfig(temperature=0), rows=len(prompts.end_B))
+    state = prefill(model, params, prompts)                         a DecodeState
+    state = decode_blocks(model, params, state, sampling, 8, 0)     8 blocks; donates the state
+
+`ContinuousDecoder` serves `Engine.generate`, if there are more prompts than rows, and the HTTP
+server in `blocktx.serve`.
 """
 
-from blocktx.decode.engine import Engine, load
+from blocktx.decode.continuous import ContinuousDecoder
+from blocktx.decode.engine import Engine, Generation, load
 from blocktx.decode.generate import generate
-from blocktx.decode.loop import advance, prefill
-from blocktx.decode.prompts import Placement, Prompts, bucket, place_prompts
-from blocktx.decode.sampling import Sampling
+from blocktx.decode.inputs import encode_text
+from blocktx.decode.loop import DecodeState, decode_blocks, prefill
+from blocktx.decode.prompts import Placement, Prompts, bucket, layout_prompts
+from blocktx.decode.request import Request, Update
+from blocktx.decode.sampling import Sampling, SamplingConfig, seed_words
+from blocktx.decode.stream import Continuation
 
 __all__ = [
+    "Continuation",
+    "ContinuousDecoder",
+    "DecodeState",
     "Engine",
+    "Generation",
     "Placement",
     "Prompts",
+    "Request",
     "Sampling",
-    "advance",
+    "SamplingConfig",
+    "Update",
     "bucket",
+    "decode_blocks",
+    "encode_text",
     "generate",
+    "layout_prompts",
     "load",
-    "place_prompts",
     "prefill",
+    "seed_words",
 ]

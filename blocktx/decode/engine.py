@@ -1,10 +1,10 @@
 """Text in, text out: a trained checkpoint, ready to generate."""
 
 import dataclasses
-import numbers
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, Sharding
@@ -12,25 +12,29 @@ from jax.sharding import Mesh, Sharding
 from blocktx.checkpoint import load_params, load_tokenizer
 from blocktx.config import RunConfig
 from blocktx.data import Tokenizer
-from blocktx.decode.generate import Generated, generate_blocks
-from blocktx.decode.prompts import Placement
-from blocktx.decode.stream import TextStream
-from blocktx.model import build, separate_layers
+from blocktx.decode.inputs import Prompt, encode_prompts, split_stop
+from blocktx.decode.prompts import Placement, budgets
+from blocktx.decode.sampling import SamplingConfig, SamplingOptions, per_row
+from blocktx.decode.stream import Continuation
+from blocktx.decode.texts import Settings, decode_batch, decode_continuously
+from blocktx.model import build, for_decoding
+from blocktx.parallel import MESH_AXES
 
-_LOOK_EVERY = 8  # blocks between two looks for a stop string
+_STOP_STRING_BLOCKS = 8  # blocks between two searches for stop strings
+_ROWS = 32  # prompts decoded at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What was written after one prompt.
+    """The continuation of one prompt.
 
     Attributes:
       text: as `Engine.generate` returns it.
       tokens: the tokens drawn, with the one that ended them: the end of the document, a stop token,
         or the last of a stop string, none of which is in the text.
       logprobs: the natural logarithm of each token's probability by the model, at temperature 1 and
-        among all tokens, whatever it was sampled with.
-      finish_reason: "stop", or "length" where the budget ended it.
+        unfiltered, whatever the sampling parameters are.
+      finish_reason: "stop", or "length" if the budget ended it.
     """
 
     text: str
@@ -39,187 +43,198 @@ class Generation:
     finish_reason: Literal["stop", "length"]
 
 
+class GenerateOptions(SamplingOptions, total=False):
+    """Options of `Engine.generate`, for its overloads."""
+
+    max_new_tokens: int | Sequence[int]
+    sampling: SamplingConfig | Sequence[SamplingConfig] | None
+    seed: int | Sequence[int]
+    stop: str | int | Sequence[str | int]
+    placement: Placement | None
+    rows: int
+
+
 class Engine:
     """A model with its parameters and tokenizer.
 
     Attributes:
-      config: the `RunConfig` that the checkpoint was trained with, but with `scan_layers` False and
-        `param_dtype` as `compute_dtype`.
-      params: parameters of `model`, one subtree a layer. Where they are spread over a mesh, so is
-        what is computed with them.
+      config: the `RunConfig` of the checkpoint, but with `scan_layers` False and `param_dtype` as
+        `compute_dtype`.
+      params: parameters of `model`, one subtree per layer.
       tokenizer: the `Tokenizer` saved with the run.
       model: the Flax module.
+      mesh: the mesh that generation runs on; None: the device of the parameters.
     """
 
-    def __init__(self, config: RunConfig, params: dict[str, Any], tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.model, self.params = separate_layers(build(config.model), params)
-        self.config = dataclasses.replace(config, model=self.model.config)
-
-    def generate(
+    def __init__(
         self,
-        prompts: str | Sequence[str | Sequence[int]],
-        *,
-        max_new_tokens: int | Sequence[int] = 64,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | Sequence[int] = 0,
-        stop: str | int | Sequence[str | int] = (),
-        placement: Placement | None = None,
-        return_logprobs: bool = False,
-        stream: bool = False,
-    ) -> str | list[str] | Generation | list[Generation] | Iterator[str] | Iterator[list[str]]:
-        """What the model writes after each prompt: a string for a string, a list for several.
-
-        Calls of as many prompts (up to the next power of two), of similar lengths and budgets,
-        share one compiled program, whatever else changes.
+        config: RunConfig,
+        params: dict[str, Any],
+        tokenizer: Tokenizer,
+        mesh: Mesh | None = None,
+    ):
+        """Prepare parameters for decoding.
 
         Args:
-          prompts: texts of any lengths, or lists of their token ids. An empty one continues from
-            the start of a document.
-          max_new_tokens: at most so many tokens, for all or one number a prompt; a text also ends
-            where its document would.
-          temperature: 0 always takes the likeliest token; 1 samples as the model says.
-          top_k: sample from the k likeliest tokens; 0 from all.
+          config: of the run.
+          params: parameters of `config.model`; on `mesh`, if there is one.
+          tokenizer: of the run.
+          mesh: a mesh made by `blocktx.parallel.create_mesh`. Parameters sharded over `fsdp` are
+            gathered for every token: use a mesh with fsdp=1, as `blocktx.load` does.
+        """
+        self.tokenizer, self.mesh = tokenizer, mesh
+        self.model, self.params = for_decoding(build(config.model), params)
+        self.config = dataclasses.replace(config, model=self.model.config)
+
+    @property
+    def placement(self) -> Placement:
+        """The placement of prompts that fits the model's training."""
+        return "pad" if self.config.data.random_padding else "force"
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        *,
+        return_logprobs: Literal[False] = False,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | np.ndarray | jax.Array,
+        *,
+        return_logprobs: Literal[False] = False,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        *,
+        return_logprobs: Literal[True],
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | np.ndarray | jax.Array,
+        *,
+        return_logprobs: Literal[True],
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]: ...
+    @overload
+    def generate(
+        self, prompts: str, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+    ) -> Iterator[str]: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | np.ndarray | jax.Array,
+        *,
+        stream: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[list[str]]: ...
+    def generate(
+        self,
+        prompts,
+        *,
+        max_new_tokens=64,
+        sampling=None,
+        seed=0,
+        stop=(),
+        placement=None,
+        rows=_ROWS,
+        return_logprobs=False,
+        stream=False,
+        **options,
+    ):
+        """Return the continuation of each prompt: a string for a string, a list for several.
+
+        Calls with as many prompts (up to the next power of two), of similar lengths and budgets,
+        share one compiled program. More prompts than `rows` are decoded continuously: when one
+        is finished, the next takes its row.
+
+        Args:
+          prompts: a text; or a list of texts, lists or arrays of token ids; or an array of token
+            ids with a prompt per row. An empty prompt starts a document.
+          max_new_tokens: largest number of tokens, for all or one number per prompt. A text also
+            ends where its document would.
+          temperature: 0 always takes the most likely token; 1 samples from the model's
+            distribution, the default.
+          top_k: sample from the k most likely tokens; 0, the default: from all.
           top_p: sample from the fewest tokens that together have this probability.
-          min_p: sample from the tokens that have this share of the likeliest one's probability.
-          seed: same seed, same text, whatever the other prompts are. One for all, of which each
-            prompt gets draws of its own, or one a prompt.
+          min_p: sample from the tokens with this share of the largest probability.
+          sampling: in place of the four: a `SamplingConfig`, or one per prompt.
+          seed: the same seed gives the same text, whatever the other prompts are. One integer, of
+            which each prompt gets draws of its own, or one per prompt.
           stop: strings, wherever tokens begin and end, and token ids that end a text before them.
-          placement: what to do with a prompt that is not whole blocks: "pad" or "force", see
-            `blocktx.decode.prompts`; None: "pad" if the model was trained with random padding.
+          placement: of prompts that are not whole blocks: "pad" or "force", see
+            `blocktx.decode.prompts`. None: "pad" if the model was trained with random padding.
+          rows: largest number of prompts decoded at a time.
           return_logprobs: return a `Generation` for each prompt instead of its text.
-          stream: return an iterator over the texts' parts, which come as blocks are finished: a
-            string for a string, for several prompts a list with a part, maybe empty, for each. The
-            parts make up the text that is returned otherwise. To abandon the iterator is to stop.
+          stream: return an iterator over parts of the texts, which come as blocks are finished: a
+            string for a string; for several prompts a list with a part, maybe empty, for each. The
+            parts make up the text that is returned otherwise. Abandon the iterator to stop.
 
         Raises:
-          ValueError: at the call and before anything is traced: see
-            `blocktx.decode.generate.generate_blocks`; or a prompt that is no text, or of which the
-            tokenizer knows nothing.
+          ValueError: at the call, before tracing: see `generate_blocks`; or a prompt is not text or
+            token ids, or has no character that the tokenizer knows.
         """
         if return_logprobs and stream:
-            raise ValueError("return_logprobs: is not for stream; leave one of them False")
-        ids, strings = _split_stop(stop)
-        tokens_BxT, mask_BxT = self._encode(prompts)
-        if placement is None:
-            placement = "pad" if self.config.data.random_padding else "force"
-        every = {"every": 1} if stream else {"every": _LOOK_EVERY} if strings else {}
-        results = generate_blocks(
-            self.model,
-            self.params,
-            tokens_BxT,
-            mask_BxT,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
+            raise ValueError("return_logprobs: cannot be combined with stream; set one to False")
+        if rows < 1:
+            raise ValueError(f"rows: got {rows!r}, must be 1 or greater")
+        stop_ids, strings = split_stop(stop)
+        ids = encode_prompts(prompts, self.tokenizer)
+        settings = Settings(
+            max_new_tokens=budgets(max_new_tokens, len(ids)),
+            sampling=per_row(SamplingConfig.of(sampling, options), len(ids)),
             seed=seed,
-            stop=[self.tokenizer.end_id, *ids],
-            placement=placement,
-            pad_id=self.tokenizer.pad_id,
+            stop=[*self.tokenizer.end_ids, *stop_ids],
+            placement=placement or self.placement,
             return_logprobs=return_logprobs,
-            **every,
         )
+        texts = [Continuation(self.tokenizer, row, strings) for row in ids]
+        decoding = (self.model, self.params, self.mesh, self.tokenizer.pad_id, ids, texts, settings)
+        if len(ids) > rows:
+            parts = decode_continuously(*decoding, rows)
+        else:
+            every = {"every": 1} if stream else {"every": _STOP_STRING_BLOCKS} if strings else {}
+            parts = decode_batch(*decoding, **every)
         single = isinstance(prompts, str)
-        texts = [TextStream(self.tokenizer.decode, strings) for _ in tokens_BxT]
-        parts = self._follow(results, texts)
         if stream:
-            return (new[0] if single else new for _, new in parts if any(new))
-        *_, (last, _) = parts
-        written = [text.text for text in texts]
+            lists = ([new.get(row, "") for row in range(len(ids))] for new in parts)
+            return (new[0] if single else new for new in lists if any(new))
+        for _ in parts:
+            pass
         if return_logprobs:
-            written = [_generation(last, row, text) for row, text in enumerate(texts)]
-        return written[0] if single else written
-
-    def _follow(
-        self, results: Iterator[Generated], texts: list[TextStream]
-    ) -> Iterator[tuple[Generated, list[str]]]:
-        """The results, each with what it adds to the texts, until no text can grow."""
-        for generated in results:
-            new = []
-            for row, text in enumerate(texts):
-                count = generated.count_B[row] - generated.ended_B[row]  # without its stop token
-                tokens = generated.tokens_BxM[row, :count].tolist()
-                new.append(text.update(tokens, finished=bool(generated.finished_B[row])))
-            yield generated, new
-            if all(generated.finished_B | [text.stopped for text in texts]):
-                return
-
-    def _encode(
-        self, prompts: str | Sequence[str | Sequence[int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Left-padded tokens and their mask."""
-        given = [prompts] if isinstance(prompts, str) else prompts
-        if not (isinstance(given, Sequence) and given and all(map(_is_prompt, given))):
-            raise ValueError(
-                f"prompts: got {prompts!r}, expected a string or a list of strings or token ids"
-            )
-        rows = []
-        for row, prompt in enumerate(given):
-            ids = self._encode_text(prompt, row) if isinstance(prompt, str) else list(prompt)
-            rows.append(ids or [self.tokenizer.end_id])
-        longest = max(len(row) for row in rows)
-        pad_id = self.tokenizer.pad_id
-        tokens_BxT = np.array([[pad_id] * (longest - len(row)) + row for row in rows], np.int32)
-        return tokens_BxT, np.arange(longest)[::-1] < np.array([[len(row)] for row in rows])
-
-    def _encode_text(self, text: str, row: int) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompts: row {row} is not valid Unicode: {error}") from None
-        ids = self.tokenizer.encode(text)
-        if text and not ids:
-            raise ValueError(f"prompts: row {row}, {text!r}, has nothing the tokenizer knows")
-        return ids
-
-
-def _is_prompt(prompt: object) -> bool:
-    if isinstance(prompt, str | bytes):
-        return isinstance(prompt, str)
-    return isinstance(prompt, Sequence) and all(isinstance(id_, numbers.Integral) for id_ in prompt)
-
-
-def _split_stop(stop: str | int | Sequence[str | int]) -> tuple[list[int], list[str]]:
-    """Token ids and strings."""
-    given = [stop] if isinstance(stop, str | numbers.Integral) else stop
-    if not isinstance(given, Sequence):
-        raise ValueError(f"stop: got {stop!r}, expected strings and token ids")
-    ids = [item for item in given if isinstance(item, numbers.Integral)]
-    strings = [item for item in given if isinstance(item, str) and item]
-    if len(ids) + len(strings) != len(given):
-        raise ValueError(f"stop: got {stop!r}, expected strings, none empty, and token ids")
-    return ids, strings
-
-
-def _generation(generated: Generated, row: int, text: TextStream) -> Generation:
-    tokens = generated.tokens_BxM[row, : generated.count_B[row]].tolist()
-    if text.stopped:
-        tokens = tokens[: text.tokens_to_stop(tokens)]
-    stopped = text.stopped or generated.ended_B[row]
-    return Generation(
-        text=text.text,
-        tokens=tokens,
-        logprobs=generated.logprobs_BxM[row, : len(tokens)].tolist(),
-        finish_reason="stop" if stopped else "length",
-    )
+            results = [Generation(t.text, t.tokens, t.logprobs, t.finish_reason) for t in texts]
+        else:
+            results = [text.text for text in texts]
+        return results[0] if single else results
 
 
 def load(path: epath.PathLike, sharding: Mesh | Sharding | None = None) -> Engine:
-    """The latest checkpoint of a run folder, or the one at `path`, with the run's tokenizer.
+    """Load the latest checkpoint of a run folder, or the one at `path`, with the run's tokenizer.
 
     Args:
       path: of the checkpoint.
-      sharding: where its parameters go, as of `blocktx.load_params`; over a mesh, the
-        engine generates on all of it.
+      sharding: a mesh to generate on, or the sharding of all parameters. On a mesh, the devices of
+        its `fsdp` axis count as `data`: each group of `tensor` devices holds all parameters, which
+        would otherwise be gathered for every token.
 
     Raises:
       FileNotFoundError: there is no checkpoint at `path`, or no tokenizer beside it.
       ValueError: what is there is not a blocktx checkpoint, is damaged, or does not fit its config.
     """
+    mesh = None
+    if isinstance(sharding, Mesh) and sharding.axis_names == MESH_AXES:
+        devices = sharding.devices.reshape(-1, 1, sharding.shape["tensor"])
+        sharding = mesh = Mesh(devices, MESH_AXES, axis_types=sharding.axis_types)
     loaded = load_params(path, sharding)
-    return Engine(loaded.config, loaded.params, load_tokenizer(loaded))
+    return Engine(loaded.config, loaded.params, load_tokenizer(loaded), mesh)

@@ -1,83 +1,202 @@
-"""How a token is chosen from logits: parameters, all of them traced, and the choice."""
+"""Sampling parameters: `SamplingConfig` for users, `Sampling` as arrays with a value per row."""
 
+import dataclasses
 import numbers
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-_CHUNK = 128  # tokens that are summed before the others
+_STOP_TOKENS = 8  # per row, at least; more are rounded up to a power of two
 
 
-_SMALLEST_STOP = 8  # stop tokens that cost no compilation
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingConfig` as keyword arguments."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the tokens of a row are chosen.
+
+    Raises:
+      ValueError: a value is outside the range that the message names.
+    """
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    top_p: float = 1.0  # keep the fewest tokens that hold this much probability; 1: all
+    min_p: float = 0.0  # keep tokens with this share of the largest probability; 0: all
+
+    def __post_init__(self):
+        real, integer, tiny = numbers.Real, numbers.Integral, float(np.finfo(np.float32).tiny)
+        for name, kind, low, high, must in [
+            ("temperature", real, 0, 1e30, "0 (greedy) or greater, and finite"),
+            ("top_k", integer, 0, 2**31 - 1, "0 (all tokens) or greater, and whole"),
+            ("top_p", real, tiny, 1, "above 0 and at most 1"),
+            ("min_p", real, 0, 1, "between 0 (all tokens) and 1"),
+        ]:
+            value = to_python(getattr(self, name))
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            if not (number and low <= value <= high):  # also refuses nan
+                raise ValueError(f"{name}: got {value!r}, must be {must}")
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(
+        cls,
+        sampling: "SamplingConfig | Sequence[SamplingConfig] | None",
+        options: SamplingOptions,
+    ) -> "SamplingConfig | Sequence[SamplingConfig]":
+        """Return `sampling` if it is given, else the configuration with these options.
+
+        Raises:
+          ValueError: both are given, or an option is out of range.
+          TypeError: an option is unknown.
+        """
+        if sampling is None:
+            return cls(**options)
+        if options:
+            raise ValueError(f"sampling: got {sampling!r} and also {', '.join(options)}; use one")
+        return sampling
+
+
+@flax.struct.dataclass
+class Uses:
+    """Bool scalars: the sampler steps that any row needs. The others are skipped for all rows."""
+
+    greedy: Any
+    draw: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
 
 
 @flax.struct.dataclass
 class Sampling:
-    """How tokens are chosen and which of them end a row; no value costs a compilation.
+    """Sampling parameters and stop tokens of each row. All are traced: no value recompiles."""
 
-    What is kept to sample from are the tokens that pass top-k, of those again, by the share of
-    their common probability, the ones that pass top-p, and of those the ones that pass min-p.
-    """
-
-    temperature: Any  # float32; 0 takes the likeliest token
-    top_k: Any  # int32; the k likeliest; 0: all
-    top_p: Any  # float32; the fewest that hold this much probability
-    min_p: Any  # float32; those that have this share of the likeliest one's probability
-    seed_Bx2: Any  # uint32; a row's draws follow from its seed and its position alone
-    stop_X: Any  # int32; tokens that end a row, and -1
+    temperature_B: Any  # float32
+    top_k_B: Any  # int32
+    top_p_B: Any  # float32
+    min_p_B: Any  # float32
+    seed_Bx2: Any  # uint32; a row's draws depend on its seed and its position only
+    stop_BxX: Any  # int32; tokens that end a row, filled up with -1
+    uses: Uses
 
     @classmethod
     def create(
         cls,
+        config: SamplingConfig | Sequence[SamplingConfig] | None = None,
         *,
         rows: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
         seed: int | Iterable[int] = 0,
         stop: Iterable[int] = (),
     ) -> "Sampling":
-        """Checked parameters for `rows` rows, as NumPy arrays.
+        """Return checked parameters for `rows` rows, as NumPy arrays.
 
-        A single seed gives each row draws of its own. Of several, one a row, each gives its row the
-        draws that it would have alone.
+        Args:
+          config: one for all rows, or one per row.
+          rows: number of rows.
+          seed: one integer, from which each row derives its own seed, or one per row. A row with
+            its own seed draws what it would draw alone.
+          stop: tokens that end a row.
 
         Raises:
-          ValueError: a parameter is outside the range that the message names.
+          ValueError: a parameter has the wrong type, range or number of values.
         """
-        real, integer, tiny = numbers.Real, numbers.Integral, np.finfo(np.float32).tiny
-        for name, value, kind, low, high, must in [
-            ("temperature", temperature, real, 0, 1e30, "0 (greedy) or greater, and finite"),
-            ("top_k", top_k, integer, 0, 2**31 - 1, "0 (all tokens) or greater, and whole"),
-            ("top_p", top_p, real, tiny, 1, "above 0 and at most 1"),
-            ("min_p", min_p, real, 0, 1, "between 0 (all tokens) and 1"),
-        ]:
-            if not (isinstance(value, kind) and low <= value <= high):  # nan is in no range
-                raise ValueError(f"{name}: got {value!r}, must be {must}")
-        stop = list(stop)
-        for token in stop:
-            if not (isinstance(token, integer) and 0 <= token < 2**31):
-                raise ValueError(f"stop: got {token!r}, must be a token, 0 or greater")
-        width = max(_SMALLEST_STOP, 1 << max(len(stop) - 1, 0).bit_length())
-        return cls(
-            temperature=np.float32(temperature),
-            top_k=np.int32(top_k),
-            top_p=np.float32(top_p),
-            min_p=np.float32(min_p),
-            seed_Bx2=_seed_words(seed, rows),
-            stop_X=np.array(stop + [-1] * (width - len(stop)), np.int32),
+        return cls.from_rows(
+            per_row(config, rows),
+            seed_Bx2=seed_words(seed, rows),
+            stops=[check_stop_tokens(stop)] * rows,
         )
 
+    @classmethod
+    def from_rows(
+        cls,
+        configs: Sequence[SamplingConfig],
+        *,
+        seed_Bx2: np.ndarray,
+        stops: Sequence[Sequence[int]],
+    ) -> "Sampling":
+        """Return the parameters of rows that differ in everything, as NumPy arrays."""
+        most = max(map(len, stops), default=0)
+        width = max(_STOP_TOKENS, 1 << max(most - 1, 0).bit_length())
+        return cls(
+            temperature_B=np.array([c.temperature for c in configs], np.float32),
+            top_k_B=np.array([c.top_k for c in configs], np.int32),
+            top_p_B=np.array([c.top_p for c in configs], np.float32),
+            min_p_B=np.array([c.min_p for c in configs], np.float32),
+            seed_Bx2=seed_Bx2,
+            stop_BxX=np.array([[*s, *[-1] * (width - len(s))] for s in stops], np.int32),
+            uses=Uses(
+                greedy=np.bool_(any(c.temperature == 0 for c in configs)),
+                draw=np.bool_(any(c.temperature > 0 for c in configs)),
+                top_k=np.bool_(any(c.top_k > 0 for c in configs)),
+                top_p=np.bool_(any(c.top_p < 1 for c in configs)),
+                min_p=np.bool_(any(c.min_p > 0 for c in configs)),
+            ),
+        )
 
-def _seed_words(seed: int | Iterable[int], rows: int) -> np.ndarray:
+    def padded(self, rows: int) -> "Sampling":
+        """Return the parameters with zeros for more rows, `rows` altogether."""
+
+        def pad(x_B: np.ndarray) -> np.ndarray:
+            return np.pad(x_B, [(0, rows - len(x_B)), *[(0, 0)] * (x_B.ndim - 1)])
+
+        return jax.tree.map(lambda x: pad(x) if x.ndim else x, self)
+
+
+def to_python(value: Any) -> Any:
+    """Return NumPy and JAX scalars and arrays as Python numbers and lists, others unchanged."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def per_row(
+    config: SamplingConfig | Sequence[SamplingConfig] | None, rows: int
+) -> list[SamplingConfig]:
+    """Return a configuration for each row; None: the default one.
+
+    Raises:
+      ValueError: there is not one, or one per row.
+    """
+    configs = [config or SamplingConfig()] * rows if not isinstance(config, Sequence) else config
+    if len(configs) != rows or not all(isinstance(c, SamplingConfig) for c in configs):
+        raise ValueError(
+            f"sampling: got {config!r}, must be one SamplingConfig or one per row ({rows})"
+        )
+    return list(configs)
+
+
+def check_stop_tokens(stop: Iterable[int]) -> list[int]:
+    """Return stop tokens as a list.
+
+    Raises:
+      ValueError: an item is not a token id.
+    """
+    stop = list(to_python(stop))
+    for token in stop:
+        if not (isinstance(token, numbers.Integral) and 0 <= token < 2**31):
+            raise ValueError(f"stop: got {token!r}, must be a token, 0 or greater")
+    return stop
+
+
+def seed_words(seed: int | Iterable[int], rows: int) -> np.ndarray:
+    """Return the seeds of `rows` rows as uint32 `[B, 2]`; see `Sampling.create`.
+
+    Raises:
+      ValueError: a seed is negative or not an integer, or there is another number of them.
+    """
+    seed = to_python(seed)
     if isinstance(seed, numbers.Integral):
         pairs = [(seed, row) for row in range(rows)]
-    elif isinstance(seed, Iterable) and len(seeds := list(seed)) == rows:
+    elif isinstance(seed, Iterable) and len(seeds := [to_python(s) for s in seed]) == rows:
         pairs = [(seed, 0) for seed in seeds]
     else:
         raise ValueError(f"seed: got {seed!r}, must be one whole number or one a row ({rows})")
@@ -85,118 +204,4 @@ def _seed_words(seed: int | Iterable[int], rows: int) -> np.ndarray:
         if not (isinstance(value, numbers.Integral) and value >= 0):
             raise ValueError(f"seed: got {value!r}, must be a whole number, 0 or greater")
     words = [np.random.SeedSequence((int(a), b)).generate_state(2) for a, b in pairs]
-    return np.array(words, np.uint32)
-
-
-def sample(
-    logits_BxV: jax.Array, sampling: Sampling, position_B: jax.Array, platform: str
-) -> jax.Array:
-    """A token for each row, int32 `[B]`; `position_B` counts the tokens that a row has drawn.
-
-    A CPU takes other formulations of the same choice: its argmax, and its random noise for every
-    token, each take longer than the classifier takes to make the logits.
-    """
-    cpu = platform == "cpu"
-    likeliest, draw = (_likeliest, _invert_all) if cpu else (jnp.argmax, jax.random.categorical)
-
-    def draw_B(logits_BxV: jax.Array) -> jax.Array:
-        def one(logits_V: jax.Array, seed_2: jax.Array, position: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(jax.random.key(seed_2[0]), seed_2[1])
-            return draw(jax.random.fold_in(key, position), _kept(logits_V, sampling))
-
-        return jax.vmap(one)(logits_BxV, sampling.seed_Bx2, position_B).astype(jnp.int32)
-
-    def likeliest_B(logits_BxV: jax.Array) -> jax.Array:
-        return jax.vmap(likeliest)(logits_BxV).astype(jnp.int32)
-
-    return jax.lax.cond(sampling.temperature > 0, draw_B, likeliest_B, logits_BxV)
-
-
-def log_probability(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
-    """Float32 `[B]`: what the model, at temperature 1 and of all tokens, gives each row's token."""
-    chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BxV, axis=-1)
-
-
-def _kept(logits_V: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits at the temperature, minus infinity for tokens that are not kept.
-
-    Each criterion looks through the vocabulary, which is worth avoiding where nobody asked for it.
-    """
-    scaled_V = logits_V / jnp.maximum(sampling.temperature, 1e-6)
-
-    def by_top_k(scaled_V: jax.Array) -> jax.Array:
-        order_V = _ordered(logits_V)  # a high temperature leaves no differences between them
-        least = _threshold(order_V, jnp.ones(order_V.shape, jnp.int32), sampling.top_k)
-        return jnp.where(order_V >= least, scaled_V, -jnp.inf)
-
-    def by_top_p(scaled_V: jax.Array) -> jax.Array:
-        order_V, weight_V = _ordered(scaled_V), jnp.exp(scaled_V - scaled_V.max())
-        least = _threshold(order_V, weight_V, sampling.top_p * _sum(weight_V))
-        return jnp.where(order_V >= least, scaled_V, -jnp.inf)
-
-    def by_min_p(scaled_V: jax.Array) -> jax.Array:
-        least = scaled_V.max() + jnp.log(sampling.min_p)
-        return jnp.where(scaled_V >= least, scaled_V, -jnp.inf)
-
-    for wanted, keep in [
-        (sampling.top_k > 0, by_top_k),
-        (sampling.top_p < 1, by_top_p),
-        (sampling.min_p > 0, by_min_p),
-    ]:
-        scaled_V = jax.lax.cond(wanted, keep, lambda scaled_V: scaled_V, scaled_V)
-    return scaled_V
-
-
-def _likeliest(logits_V: jax.Array) -> jax.Array:
-    """The first of the largest, in two passes that vectorise on a CPU."""
-    size = logits_V.size
-    return jnp.where(logits_V == logits_V.max(), jnp.arange(size), size - 1).min()
-
-
-def _invert_all(key: jax.Array, logits_V: jax.Array) -> jax.Array:
-    """A draw by inverting the cumulative distribution at random.
-
-    Among sums of chunks first, then inside one: a sum along a whole vocabulary is slow.
-    """
-    uniform_2 = jax.random.uniform(key, (2,))
-    weight_IxJ = _chunks(jnp.exp(logits_V - logits_V.max()))
-    chunk = _invert(weight_IxJ.sum(1), uniform_2[0])
-    return chunk * _CHUNK + _invert(weight_IxJ[chunk], uniform_2[1])
-
-
-def _invert(weight_I: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The index, of a weight that is not 0, where the cumulative sum passes a share in [0, 1)."""
-    sum_I = jnp.cumsum(weight_I)
-    index = (sum_I <= uniform * sum_I[-1]).sum()
-    # Rounding may put a share of nearly 1 behind the last weight.
-    last = jnp.where(weight_I > 0, jnp.arange(weight_I.size), 0).max()
-    return jnp.minimum(index, last).astype(jnp.int32)
-
-
-def _chunks(x_V: jax.Array) -> jax.Array:
-    return jnp.pad(x_V, (0, -x_V.size % _CHUNK)).reshape(-1, _CHUNK)
-
-
-def _sum(x_V: jax.Array) -> jax.Array:
-    return _chunks(x_V).sum(0).sum()
-
-
-def _ordered(x_V: jax.Array) -> jax.Array:
-    """Uint32 that compare as the floats do."""
-    bits_V = jax.lax.bitcast_convert_type(x_V, jnp.uint32)
-    return jnp.where(bits_V >> 31, ~bits_V, bits_V | jnp.uint32(1 << 31))
-
-
-def _threshold(order_V: jax.Array, amount_V: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest number such that what is not below it in `order_V` has the wanted amount.
-
-    Found bit by bit: 32 sums take a tenth of the time of sorting a vocabulary, on a CPU.
-    """
-
-    def with_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        enough = _sum(jnp.where(order_V >= candidate, amount_V, 0)) >= wanted
-        return jnp.where(enough, candidate, found)
-
-    return jax.lax.fori_loop(0, 32, with_bit, jnp.uint32(0))
+    return np.array(words, np.uint32).reshape(rows, 2)

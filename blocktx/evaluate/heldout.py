@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from blocktx.config import RunConfig
 from blocktx.data import Corpus, Documents, heldout_batches, heldout_size, text_batches
-from blocktx.model import Model, token_nats
+from blocktx.model import Model, token_losses
 from blocktx.parallel import HostRows, batch_parts, constrain
 
 
@@ -114,7 +114,7 @@ def _sums(
     mask_BxNxK: jax.Array,
     first_B: jax.Array | None,
 ) -> jax.Array:
-    nats_BxMxK, scored_BxMxK = token_nats(model, params, tokens_BxNxK, mask_BxNxK)
+    nats_BxMxK, scored_BxMxK = token_losses(model, params, tokens_BxNxK, mask_BxNxK)
     if first_B is not None:
         blocks_M = jnp.arange(1, tokens_BxNxK.shape[1])
         scored_BxMxK &= (blocks_M >= first_B[:, None])[..., None]
@@ -154,7 +154,7 @@ def text_sums(
     )
     if batches is None:
         raise ValueError(
-            f"the text is {len(documents.tokens)} token{'s' * (len(documents.tokens) > 1)} long "
+            f"the text is {documents.token_count} token{'s' * (documents.token_count > 1)} long "
             "(with its end), which is one block, and the first block is never predicted; use more "
             f"than {model.config.block_length} tokens"
         )
@@ -180,7 +180,7 @@ def heldout_evaluation(
         return None
 
     def evaluate_heldout(step: int, params: dict[str, Any]) -> dict[str, float]:
-        bytes_per_token = documents.text_bytes / len(documents.tokens)
+        bytes_per_token = documents.text_bytes / documents.token_count
         evaluation = evaluate(model, params, map(host_rows.place, batches), bytes_per_token)
         if jax.process_index() == 0:
             tqdm.write(f"held-out step={step} {evaluation}")  # to stdout, above the bar

@@ -9,7 +9,7 @@ import optax
 from blocktx.model.build import Model
 
 
-def position_sums(
+def loss_by_position(
     model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of the loss and numbers of the tokens that it is over, for each position in a block.
@@ -20,22 +20,22 @@ def position_sums(
     Returns:
       Float32 `[K]` sums in nats and float32 `[K]` counts; the loss is `nats.sum() / counts.sum()`.
     """
-    nats_BxMxK, scored_BxMxK = token_nats(model, params, tokens_BxNxK, mask_BxNxK)
+    nats_BxMxK, scored_BxMxK = token_losses(model, params, tokens_BxNxK, mask_BxNxK)
     return nats_BxMxK.sum((0, 1)), scored_BxMxK.sum((0, 1), dtype=jnp.float32)
 
 
-def token_nats(
+def token_losses(
     model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The loss of each token of blocks 1 to N-1, before `position_sums` sums it.
+    """The loss of each token of blocks 1 to N-1, before `loss_by_position` sums it.
 
     Returns:
       Float32 `[B, N-1, K]` nats, 0 where nothing is scored, and bool `[B, N-1, K]`, what is scored.
     """
     mask_BxNxK = mask_BxNxK.astype(bool)
-    scored_BxMxK = scored(mask_BxNxK)
+    scored_BxMxK = loss_mask(mask_BxNxK)
     logits_BxMxKxV = next_logits(model, params, tokens_BxNxK, mask_BxNxK)
-    return nats(logits_BxMxKxV, tokens_BxNxK, scored_BxMxK), scored_BxMxK
+    return masked_cross_entropy(logits_BxMxKxV, tokens_BxNxK, scored_BxMxK), scored_BxMxK
 
 
 def next_logits(
@@ -48,12 +48,14 @@ def next_logits(
     return logits_BxTxV[:, :-1, None, :]
 
 
-def scored(mask_BxNxK: jax.Array) -> jax.Array:
+def loss_mask(mask_BxNxK: jax.Array) -> jax.Array:
     """Bool `[B, N-1, K]`, True for the tokens of blocks 1 to N-1 that a loss is over."""
     begun_BxN = jnp.cumsum(mask_BxNxK.any(-1), axis=1) > 0
     return mask_BxNxK[:, 1:] & begun_BxN[:, :-1, None]
 
 
-def nats(logits_BxMxKxV: jax.Array, tokens_BxNxK: jax.Array, scored_BxMxK: jax.Array) -> jax.Array:
+def masked_cross_entropy(
+    logits_BxMxKxV: jax.Array, tokens_BxNxK: jax.Array, scored_BxMxK: jax.Array
+) -> jax.Array:
     nats = optax.softmax_cross_entropy_with_integer_labels(logits_BxMxKxV, tokens_BxNxK[:, 1:])
     return jnp.where(scored_BxMxK, nats, 0)

@@ -1,41 +1,57 @@
 """The decoder-only baseline: one stack over tokens.
 
-It decodes through the same methods as `BlockTransformer`, as a model whose blocks are one
-token long and whose context embedding only has to be classified.
+It decodes by the same methods as `BlockTransformer`: its blocks are one token long, and its context
+embedding only has to be classified.
 """
+
+import dataclasses
 
 import flax.linen as nn
 import jax
 
-from blocktx.config import VanillaConfig
-from blocktx.model.block_decoder import EXTEND_AXES, BlockDecoder
+from blocktx.config import Formulations, VanillaConfig
+from blocktx.model.block_decoder import BlockDecoder, extend_axes
 from blocktx.model.cache import Cache, create_cache
 from blocktx.model.layers import classifier, embedding, over_batch
 from blocktx.parallel import constrain
 
 
 class Vanilla(nn.Module):
-    """GPT-NeoX. The methods after `__call__` are those of `BlockTransformer`, with K = 1."""
+    """A decoder-only model. The decoding methods are those of `BlockTransformer`, with K = 1."""
 
     config: VanillaConfig
+    formulations: Formulations  # resolved, see `build`
 
     def setup(self):
-        self.embed = embedding(self.config, self.config.decoder.width, name="embed")
-        self.decoder = BlockDecoder(self.config, self.config.decoder)
-        self.classifier = classifier(self.config, name="classifier")
+        config = dataclasses.replace(self.config, formulations=self.formulations)
+        self.embed = embedding(config, config.decoder.width, name="embed")
+        self.decoder = BlockDecoder(config, config.decoder)
+        self.classifier = classifier(config, self.embed, name="classifier")
 
     def __call__(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """Float32 logits `[B, T, V]`; entry t predicts token t+1 from tokens 0..t.
+        """Return float32 logits `[B, T, V]`; entry t predicts token t+1 from tokens 0..t.
 
-        `mask_BxT` is 1 for real tokens; padding is seen by no other token.
+        `mask_BxT` is 1 for real tokens; no other token attends to padding.
         """
         logits_BxTxV = self.classifier(self.hidden(tokens_BxT, mask_BxT))
         return constrain(logits_BxTxV, "batch", "positions", "vocab")
 
     def hidden(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """What the classifier makes the logits of `__call__` from: float32 `[B, T, D]`."""
+        """Return the hidden states before the classifier, float32 `[B, T, D]`."""
         return over_batch(BlockDecoder.__call__)(
             self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
+        )
+
+    def hidden_and_layer(
+        self, tokens_BxT: jax.Array, mask_BxT: jax.Array, layer: int | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Return `hidden`, and the hidden state `[B, T, D]` after `layer` layers (None: none).
+
+        The latter is the residual stream, before the final norm.
+        """
+        decode = over_batch(BlockDecoder.with_layer, (0, 0, None))
+        return decode(
+            self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool), layer
         )
 
     def create_cache(self, batch: int, slots: int) -> Cache:
@@ -51,7 +67,7 @@ class Vanilla(nn.Module):
         seen_BxS: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         del mask_BxNxK  # a token of padding is never in `seen_BxS`
-        return over_batch(BlockDecoder.extend, EXTEND_AXES)(
+        return over_batch(BlockDecoder.extend, extend_axes(slot))(
             self.decoder, self.embed(tokens_BxNxK), start_B, cache, slot, seen_BxS
         )
 

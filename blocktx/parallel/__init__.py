@@ -18,9 +18,8 @@ from blocktx.parallel.sharding import (
     check_model_fits,
     constrain,
     create_mesh,
-    named,
     replicated,
-    shardings,
+    spec,
 )
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "initialize",
     "is_google_vm",
     "metadata",
-    "named",
     "replicated",
-    "shardings",
+    "spec",
 ]

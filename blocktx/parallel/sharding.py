@@ -5,9 +5,7 @@ activations that matter get theirs from `constrain`. Everything else XLA works o
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
@@ -89,11 +87,13 @@ def check_model_fits(config: ModelConfig, mesh: Mesh) -> None:
     for name, part in parts.items():
         if part is not None:
             sizes |= {f"{name}.heads": part.heads, f"{name}.mlp_width": part.mlp_size}
+            if getattr(part, "kv_heads", part.heads) != part.heads:
+                sizes[f"{name}.key_value_heads"] = part.kv_heads
     for name, size in sizes.items():
         if size % tensor:
             raise ValueError(
                 f"config.mesh.tensor: {tensor} does not divide config.model.{name} {size}; use one "
-                f"of {divisors(size)}, or another {name}"
+                f"of {divisors(size, tensor)}, or another {name}"
             )
 
 
@@ -132,20 +132,6 @@ def axis_parts(name: str) -> int:
     """The number of parts that an axis of this name is cut into along the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in RULES[name]]))
-
-
-def named(init: nn.initializers.Initializer, *names: str) -> nn.initializers.Initializer:
-    """An initializer whose parameter has these names for its axes."""
-    return nn.with_logical_partitioning(init, names)
-
-
-def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each parameter of a tree of ShapeDtypeStructs that `named` has boxed."""
-    return jax.tree.map(
-        lambda box: NamedSharding(mesh, spec(box.names, box.value.shape, mesh)),
-        boxed,
-        is_leaf=nn.meta.is_axis_metadata,
-    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

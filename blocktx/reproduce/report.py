@@ -1,37 +1,30 @@
-"""The report of studies: one page of Markdown with charts, made from results alone."""
+"""The report of studies: one page of Markdown, made from results alone."""
 
 import dataclasses
 import json
 import math
-import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from etils import epath
-from matplotlib.figure import Figure
 
-from blocktx.files import write_png, write_whole
-from blocktx.reproduce.study import Chart, Found, Results, Study
+from blocktx.files import write_atomic, write_png
+from blocktx.reproduce.charts import draw
+from blocktx.reproduce.study import Found, Results, Study
 
 RESULTS, PAGE = "results.json", "README.md"
 
 
-_COLORS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2")
+def write_results(folder: epath.PathLike, results: Results, flags: str) -> None:
+    """Write everything that a report is made from; `flags` are those that give the scale."""
+    content = {"flags": flags, "runs": results.runs, "speeds": results.speeds}
+    write_atomic(epath.Path(folder) / RESULTS, json.dumps(content, indent=1) + "\n")
 
 
-def write_results(
-    folder: epath.PathLike, results: Results, flags: str, seeds: Sequence[int]
-) -> None:
-    """Writes all that a report is made from; `flags` are those that say at what scale."""
-    content = {"flags": flags, "seeds": list(seeds)} | dataclasses.asdict(results)
-    write_whole(epath.Path(folder) / RESULTS, json.dumps(content, indent=1) + "\n")
-
-
-def read_results(folder: epath.PathLike) -> tuple[Results, str, list[int]]:
-    """What `write_results` has written: results, flags, seeds.
+def read_results(folder: epath.PathLike) -> tuple[Results, str]:
+    """Return the results and flags that `write_results` has written.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is no such file.
       ValueError: it is damaged.
     """
     path = epath.Path(folder) / RESULTS
@@ -40,7 +33,7 @@ def read_results(folder: epath.PathLike) -> tuple[Results, str, list[int]]:
     try:
         content = json.loads(path.read_text())
         results = Results(content["runs"], content["speeds"])
-        return results, content["flags"], content["seeds"]
+        return results, content["flags"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: is not what studies leave: {error!r}") from None
 
@@ -52,62 +45,82 @@ def write_report(
     flags: str,
     seeds: Sequence[int],
 ) -> epath.Path:
-    """Writes the page and its charts, and returns the page's path.
+    """Write the page and its pictures, and return the page's path.
 
-    Studies without all of their results are named as such.
+    A study is reported over the seeds with which all of its runs are finished. A study with none is
+    listed with the number of its finished runs.
+
+    Args:
+      folder: of the page.
+      studies: in the order of the page.
+      results: of all studies.
+      flags: those of `launch/reproduce.py` that give the scale.
+      seeds: those that are wanted, for counting what is missing.
     """
-    folder, sections, summary = epath.Path(folder), [], []
+    folder, studies, sections, summary = epath.Path(folder), list(studies), [], []
     for study in studies:
-        missing = _missing(study, results, seeds)
-        if missing:
-            summary.append([study.name, study.finding, f"not run: {len(missing)} missing", ""])
+        done, wanted = _finished(study, results, seeds)
+        complete = _complete_seeds(study, results)
+        if (study.runs and not complete) or (not study.runs and done < wanted):
+            summary.append([study.name, study.finding, "not finished", f"{done} of {wanted}"])
             continue
-        found = study.find(results)
+        of_seeds = dataclasses.replace(results, seeds=complete)
+        found = study.find(of_seeds)
         for chart in found.charts:
-            write_png(folder / f"{chart.name}.png", _draw(chart))
+            write_png(folder / f"{chart.name}.png", draw(chart))
         name = f"[{study.name}](#{study.name})"
-        summary.append([name, study.finding, _verdict(found), _minutes(study, results)])
-        sections.append(_section(study, found, results))
-    made = {result["made"] for runs in results.runs.values() for result in runs.values()}
-    made |= {speed["made"] for speed in results.speeds.values()}
-    noise = results.noise()
-    how = "seeds contradict each other"
-    if noise is not None:
-        how += (
-            ", or the mean difference of two losses is below "
-            f"{2 * noise * math.sqrt(2 / len(seeds)):.4f} (two standard errors: a seed gives the "
-            f"loss of a run a standard deviation of {noise:.4f})"
-        )
+        summary.append([name, study.finding, _verdict(found), f"{done} of {wanted}"])
+        sections.append(_section(study, found, of_seeds))
     page = "\n".join(
         [
             "# The paper's findings, tried",
             "",
-            f"Made by `python launch/reproduce.py --study=all {flags} "
-            f"--seeds={','.join(map(str, seeds))}`, where a run that studies share is made once. "
-            "Losses are in nats a token.",
+            f"Made from [{RESULTS}]({RESULTS}) by `python launch/reproduce.py --study=all {flags} "
+            f"--report_only`. Losses are in nats per token.",
             "",
-            *(f"- {line}" for line in sorted(made)),
+            _verdicts(results),
             "",
-            "Verdicts are of each statement as it is seen at this scale: *agrees*, *disagrees*, or "
-            f"*undecided*, where {how}. ± is the farthest seed from the mean. Minutes are of all "
-            "that a study needs, what it shares with others too.",
-            "",
-            _table(["study", "finding", "statements", "minutes"], summary),
+            _table(["study", "finding", "statements", "results finished"], summary),
             *sections,
+            *_all_runs(studies, results),
         ]
     )
-    write_whole(folder / PAGE, page + "\n")
+    write_atomic(folder / PAGE, page + "\n")
     return folder / PAGE
 
 
-def _missing(study: Study, results: Results, seeds: Sequence[int]) -> list[str]:
-    runs = [
-        f"{run.name}-seed{seed}"
-        for run in study.runs
-        for seed in seeds
-        if str(seed) not in results.runs.get(run.name, {})
-    ]
-    return runs + [speed.name for speed in study.speeds if speed.name not in results.speeds]
+def _verdicts(results: Results) -> str:
+    noise = results.noise()
+    if noise is None:
+        why = "since fewer than two seeds are finished there is no estimate of the noise"
+    else:
+        why = (
+            "the seeds contradict each other, or the mean difference of two losses is within two "
+            f"standard errors, {2 * noise * math.sqrt(2):.4f} for one seed and "
+            f"{2 * noise:.4f} for two (a seed gives the loss of a run a standard deviation of "
+            f"{noise:.4f})"
+        )
+    return (
+        "Verdicts are of each statement as it is seen at this scale: *agrees*, *disagrees*, or "
+        f"*undecided*, if {why}. ± is the largest deviation of a seed from the mean, except where "
+        "it says standard error."
+        if noise is not None
+        else "Verdicts are of each statement as it is seen at this scale: *agrees*, *disagrees*, "
+        f"or *undecided*; {why}, so all comparisons of losses are undecided."
+    )
+
+
+def _complete_seeds(study: Study, results: Results) -> list[int]:
+    """Return the seeds with which all runs of the study are finished."""
+    found = [set(results.runs.get(run.name, {})) for run in study.runs]
+    return sorted(int(seed) for seed in set.intersection(*found)) if found else []
+
+
+def _finished(study: Study, results: Results, seeds: Sequence[int]) -> tuple[int, int]:
+    """Return how many results of the study are finished, and how many are wanted."""
+    runs = [str(seed) in results.runs.get(run.name, {}) for run in study.runs for seed in seeds]
+    speeds = [speed.name in results.speeds for speed in study.speeds]
+    return sum(runs + speeds), len(runs + speeds)
 
 
 def _verdict(found: Found) -> str:
@@ -116,62 +129,49 @@ def _verdict(found: Found) -> str:
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
 
 
-def _minutes(study: Study, results: Results) -> str:
-    seconds = [
-        result["seconds"] for run in study.runs for result in results.runs[run.name].values()
-    ]
-    seconds += [results.speeds[speed.name]["seconds"] for speed in study.speeds]
-    known = [each for each in seconds if each is not None]  # others were resumed
-    return ("over " if len(known) < len(seconds) else "") + f"{sum(known) / 60:.0f}"
-
-
 def _section(study: Study, found: Found, results: Results) -> str:
     checks = [[check.statement, check.seen, f"**{check.verdict}**"] for check in found.checks]
     lines = ["", f"## {study.name}", "", study.finding, ""]
     lines += [_table(["statement", "seen", ""], checks), "", _table(found.header, found.rows)]
     for chart in found.charts:
         lines += ["", f"![{chart.title}]({chart.name}.png)"]
+    notes = []
     if study.runs:
-        sizes, steps = (
-            sorted({results.values(run.name, key)[0] for run in study.runs})
-            for key in ("non_embedding", "steps")
-        )
-        span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-        lines += ["", f"Models of {span} non-embedding parameters, {_list(steps)} steps."]
-    return "\n".join(lines)
+        notes.append(f"Seeds: {', '.join(map(str, results.seeds or []))}.")
+    for speed in study.speeds:
+        if measured := results.speeds.get(speed.name):
+            notes.append(
+                f"Decoding: batch {speed.batch_size}, {speed.new_tokens} new tokens; "
+                f"{measured['made']}; load beside it {measured['load']:.1f}."
+            )
+        else:
+            notes.append(f"The speed {speed.name} is not measured yet.")
+    return "\n".join([*lines, "", " ".join(notes)])
 
 
-def _list(numbers: Sequence[int]) -> str:
-    return " or ".join(map(str, numbers))
+def _all_runs(studies: Iterable[Study], results: Results) -> list[str]:
+    rows = [
+        [
+            name,
+            seed,
+            f"{result['non_embedding']:,}",
+            f"{result['steps']:,}",
+            f"{result['tokens'] / 1e6:.2f}M",
+            f"{result['flops']:.1e}",
+            f"{result['loss']:.4f}",
+            f"{result['bits_per_byte']:.4f}",
+            "" if result["cpu_seconds"] is None else f"{result['cpu_seconds'] / 60:.1f}",
+            result["made"],
+        ]
+        for name in dict.fromkeys(run.name for study in studies for run in study.runs)
+        for seed, result in results.runs.get(name, {}).items()
+    ]
+    header = ["run", "seed", "non-embedding", "steps", "tokens", "FLOPs", "loss", "bits/byte"]
+    header += ["CPU minutes", "made"]
+    note = "CPU minutes are of the process in training; none is given for a run that was resumed."
+    return ["", "## All finished runs", "", note, "", _table(header, rows)]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _draw(chart: Chart) -> Figure:
-    """Means over seeds, joined, and each seed as a small dot."""
-    figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
-    axes: Any = figure.add_subplot()
-    named = any(isinstance(x, str) for series in chart.series for x in series.x)
-    labels = list(chart.ticks) or list(chart.series[0].x)
-    for series, color in zip(chart.series, _COLORS, strict=False):
-        x = [labels.index(name) for name in series.x] if named else list(series.x)
-        means = [statistics.mean(values) for values in series.y]
-        axes.plot(x, means, color=color, marker="o", label=series.label)
-        for place, values in zip(x, series.y, strict=True):
-            if len(values) > 1:
-                axes.plot([place] * len(values), values, ".", color=color, alpha=0.5)
-    if named:
-        axes.set_xticks(range(len(labels)), labels)
-    if "x" in chart.log:
-        axes.set_xscale("log", base=2)
-    if "y" in chart.log:
-        axes.set_yscale("log")
-    if any(series.label for series in chart.series):
-        axes.legend(frameon=False)
-    axes.set(title=chart.title, xlabel=chart.xlabel, ylabel=chart.ylabel)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure

@@ -18,8 +18,9 @@ class Scale(NamedTuple):
     fast_vanilla: str
     fast_megabyte: str
     seeds: tuple[int, ...]
+    frontier: tuple[str, ...]  # vanilla and block runs of several sizes, on the same tokens
+    frontier_settings: dict[str, tuple[int, int]]  # prompt and new tokens
     long_context: int  # tokens
-    curve_bin: int  # tokens, of the loss by place in it
     long_prompt: int  # of the block model in the study of prompts; vanilla's is a quarter
     prompt_tokens: int  # elsewhere
     new_tokens: int
@@ -40,8 +41,22 @@ SCALES = {
         fast_vanilla="configs/paper.py:vanilla_160m",
         fast_megabyte="configs/paper.py:megabyte_85m",
         seeds=(0, 1),
+        frontier=tuple(
+            f"configs/reproduce.py:{name}"
+            for name in (
+                "frontier_vanilla_s",
+                "vanilla",
+                "frontier_vanilla_l",
+                "frontier_block4_s",
+                "block",
+                "frontier_block4_m",
+                "frontier_block4_l",
+                "frontier_block2",
+                "frontier_block8",
+            )
+        ),
+        frontier_settings={"prefill_heavy": (2048, 128), "decode_heavy": (128, 2048)},
         long_context=1024,
-        curve_bin=128,
         long_prompt=8192,
         prompt_tokens=512,
         new_tokens=64,
@@ -60,8 +75,20 @@ SCALES = {
         fast_vanilla="configs/paper.py:vanilla_160m",
         fast_megabyte="configs/paper.py:megabyte_85m",
         seeds=(0,),
+        frontier=tuple(
+            f"configs/paper.py:{name}"
+            for name in (
+                "vanilla_31m",
+                "vanilla_70m",
+                "vanilla_160m",
+                "block_33m",
+                "block_77m",
+                "block_170m",
+                "block_420m",
+            )
+        ),
+        frontier_settings={"prefill_heavy": (2048, 128), "decode_heavy": (128, 2048)},
         long_context=8192,
-        curve_bin=512,
         long_prompt=8192,
         prompt_tokens=2048,
         new_tokens=128,
@@ -102,6 +129,7 @@ class Base:
     megabyte: RunConfig
     equal_flops_vanilla: RunConfig
     equal_flops_blocks: dict[str, RunConfig]
+    frontier: dict[str, RunConfig]
     fast_block: BlockConfig
     fast_vanilla: ModelConfig
     fast_megabyte: ModelConfig
@@ -127,6 +155,7 @@ class Base:
             megabyte=read(scale.megabyte),
             equal_flops_vanilla=read(vanilla),
             equal_flops_blocks={spec.rpartition(":")[2]: read(spec) for spec in blocks},
+            frontier={spec.rpartition(":")[2]: read(spec) for spec in scale.frontier},
             fast_block=read_config(scale.fast_block).model,
             fast_vanilla=read_config(scale.fast_vanilla).model,
             fast_megabyte=read_config(scale.fast_megabyte).model,

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from blocktx.checkpoint import Checkpoints, has_checkpoint
 from blocktx.config import RunConfig, to_dict
 from blocktx.cost import count_params
-from blocktx.data import Corpus, prepare, training_batches
+from blocktx.data import PACKING, Corpus, prepare, sources_seen, training_batches
 from blocktx.evaluate import heldout_evaluation
-from blocktx.files import run_folder, write_whole
+from blocktx.files import run_folder, write_atomic
 from blocktx.model import build
 from blocktx.parallel import HostRows, create_mesh
 from blocktx.train.interrupt import StopSignals, sigterm_unwinds
@@ -102,7 +102,7 @@ def train(
                 start = int(state.step)
             if chief:
                 corpus.tokenizer.save(workdir / "tokenizer.json")
-                write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+                write_atomic(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
                 _print_summary(config, corpus, mesh)
             evaluate_heldout = heldout_evaluation(config, model, corpus, mesh)
             if start >= steps:
@@ -120,7 +120,11 @@ def train(
                 progress.flush()
                 writer.flush()
                 _require_finite(step, state.params)
-                data = {"batches": batches.get_state(), "corpus": corpus.digest}
+                data = {
+                    "batches": batches.get_state(),
+                    "corpus": corpus.digest,
+                    "packing": PACKING,
+                }
                 checkpoints.save(step, state.params, state.opt_state, data)
                 return step
 
@@ -165,6 +169,9 @@ def train(
 
     if chief and step > start:
         plot_loss(workdir)
+        if len(corpus.train.names) > 1:
+            pad_id = corpus.tokenizer.pad_id
+            print(*sources_seen(corpus.train, config, pad_id, step), sep="\n", flush=True)
     if step < steps:
         where = f"and saved at step {step} of {steps}" if step else "before the first step"
         by = stop.signal or signal.SIGTERM  # another process got it
@@ -197,8 +204,8 @@ def _print_summary(config: RunConfig, corpus: Corpus, mesh: Mesh) -> None:
     print(
         f"model    {config.model.kind}, {counted.total:,} parameters, "
         f"{counted.non_embedding:,} non-embedding\n"
-        f"data     {len(train.tokens):,} tokens in {len(train):,} documents, held out "
-        f"{len(heldout.tokens):,} in {len(heldout):,}\n"
+        f"data     {train.token_count:,} tokens in {train.document_count:,} documents, held out "
+        f"{heldout.token_count:,} in {len(heldout):,}\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{hosts}, mesh {shape}",
         flush=True,
     )

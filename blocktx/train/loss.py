@@ -7,8 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from blocktx.config import LossConfig
-from blocktx.model import BlockTransformer, Model, position_sums, scored
-from blocktx.ops import sum_of_nats
+from blocktx.model import (
+    BlockTransformer,
+    Model,
+    classifier_kernel,
+    loss_by_position,
+    loss_mask,
+    masked_cross_entropy,
+)
+from blocktx.ops import cross_entropy_sum
 
 _TEMPERATURE = 0.07  # of the contrastive loss; the authors'
 
@@ -37,16 +44,16 @@ def training_sums(
     The contrastive loss holds a matrix of all scored blocks by all scored blocks: where it is too
     large, more `training.microbatches` make it smaller (and the choice easier).
     """
-    fused = model.config.platform == "tpu"
+    fused = model.formulations.loss == "fused"
     if not config.weights and not fused:
-        return {"loss": position_sums(model, params, tokens_BxNxK, mask_BxNxK)[0].sum()}
+        return {"loss": loss_by_position(model, params, tokens_BxNxK, mask_BxNxK)[0].sum()}
     mask_BxNxK = mask_BxNxK.astype(bool)
-    scored_BxMxK = scored(mask_BxNxK)
+    scored_BxMxK = loss_mask(mask_BxNxK)
     if model.config.kind == "vanilla":
         hidden_BxTxD = model.apply(
             {"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0], method="hidden"
         )
-        classifier = params["classifier"]
+        classifier = classifier_kernel(model.config, params)
         return {
             "loss": _fused_nats(
                 model, classifier, hidden_BxTxD[:, :, None], tokens_BxNxK, scored_BxMxK
@@ -61,10 +68,10 @@ def training_sums(
                     jnp.roll(x, -1, axis=1) for x in (tokens_BxNxK, mask_BxNxK)
                 )
                 hidden_BxNxKxE = net.hidden_blocks(contexts_BxNxnD, next_BxNxK, real_BxNxK)
-                classifier = params["token_decoder"]["classifier"]
+                classifier = classifier_kernel(model.config, params)
                 return _fused_nats(model, classifier, hidden_BxNxKxE, tokens_BxNxK, scored_BxMxK)
             logits = net.decode_blocks(contexts_BxMxnD, tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:])
-            return nats(logits, tokens_BxNxK, scored_BxMxK).sum()
+            return masked_cross_entropy(logits, tokens_BxNxK, scored_BxMxK).sum()
 
         embeddings_BxNxnxD = net.embed_blocks(tokens_BxNxK, mask_BxNxK)
         contexts_BxNxnD = net.decode_embeddings(embeddings_BxNxnxD, mask_BxNxK)
@@ -85,7 +92,7 @@ def training_sums(
 
 def training_counts(mask_BxNxK: jax.Array, config: LossConfig) -> dict[str, jax.Array]:
     """What the means of `training_sums` are over, tokens or blocks; 1 instead of none."""
-    scored_BxMxK = scored(mask_BxNxK.astype(bool))
+    scored_BxMxK = loss_mask(mask_BxNxK.astype(bool))
     tokens = scored_BxMxK.sum(dtype=jnp.float32)
     blocks = scored_BxMxK.any(-1).sum(dtype=jnp.float32)
     counts = {"loss": tokens, "block_decoding_loss": blocks, "auto_encoding_loss": tokens}
@@ -94,15 +101,15 @@ def training_counts(mask_BxNxK: jax.Array, config: LossConfig) -> dict[str, jax.
 
 def _fused_nats(
     model: Model,
-    classifier: dict[str, Any],
+    classifier_ExV: jax.Array,
     hidden_BxNxKxE: jax.Array,
     tokens_BxNxK: jax.Array,
     scored_BxMxK: jax.Array,
 ) -> jax.Array:
     """The sum of the nats, from what the classifier sees of N blocks, of which the last is idle."""
-    return sum_of_nats(
+    return cross_entropy_sum(
         hidden_BxNxKxE.astype(model.config.compute_dtype),
-        classifier["kernel"],
+        classifier_ExV,
         jnp.roll(tokens_BxNxK, -1, axis=1),
         jnp.pad(scored_BxMxK, ((0, 0), (0, 1), (0, 0))),
     )

@@ -10,7 +10,7 @@ import jax
 import tensorboardX
 from etils import epath
 
-from blocktx.files import Lines, copy_folder, is_bucket
+from blocktx.files import AppendLog, copy_folder, is_bucket
 
 _FLUSH_EVERY = 30  # seconds
 
@@ -38,7 +38,7 @@ class MetricsWriter:
             for line in reversed(kept):
                 self.began = line.get("time", self.began)
                 self.productive = max(self.productive, line.get("train/productive_seconds", 0.0))
-        self._lines = Lines(path, [json.dumps(line) for line in kept])
+        self._lines = AppendLog(path, [json.dumps(line) for line in kept])
         self._board_folder = path.with_name("tensorboard")
         if is_bucket(path):
             self._temporary = tempfile.TemporaryDirectory()

@@ -1,11 +1,12 @@
 """The learning-rate schedule and the optimizers."""
 
+import re
 from typing import Any
 
 import jax
 import optax
 
-from blocktx.config import OptimizerConfig, RunConfig
+from blocktx.config import Multipliers, OptimizerConfig, RunConfig, UserError
 
 _DECAYED = {"kernel": True, "embedding": True, "bias": False, "scale": False}
 
@@ -146,3 +147,41 @@ def decayed(params: optax.Params) -> optax.Params:
         return _DECAYED[name]
 
     return jax.tree_util.tree_map_with_path(by_name, params)
+
+
+def multipliers(params: optax.Params, config: RunConfig, stage: int = 0) -> optax.Params:
+    """Return the learning-rate multiplier of each parameter, a float; 0 for frozen ones.
+
+    It is the product of those of `optimizer.multipliers` and of the stage of `distill`. In each,
+    the first pattern that matches a parameter's whole name counts, and a parameter that none
+    matches has 1.
+
+    Raises:
+      UserError: a pattern matches no parameter, or only parameters of earlier patterns; or all
+        parameters are frozen.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    overall = _factors(names, config.optimizer.multipliers, "config.optimizer.multipliers")
+    field = f"config.distill.stages[{stage}].multipliers"
+    of_stage = _factors(names, config.distill.stages[stage].multipliers, field)
+    found = [a * b for a, b in zip(overall, of_stage, strict=True)]
+    if not any(found):
+        raise UserError(f"{field}: all parameters are frozen; nothing is left to train")
+    return jax.tree.unflatten(jax.tree.structure(params), found)
+
+
+def _factors(names: list[str], multipliers: Multipliers, field: str) -> list[float]:
+    """Return the factor of each name."""
+    chosen: list[int | None] = [None] * len(names)
+    for number, (pattern, _) in enumerate(multipliers):
+        matched = [i for i, name in enumerate(names) if re.fullmatch(pattern, name)]
+        free = [i for i in matched if chosen[i] is None]
+        if not free:
+            why = "its parameters all match earlier patterns" if matched else "it matches nothing"
+            raise UserError(
+                f"{field}: {pattern!r} has no effect, {why}; the parameters are {', '.join(names)}"
+            )
+        for i in free:
+            chosen[i] = number
+    return [1.0 if number is None else multipliers[number][1] for number in chosen]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from blocktx.checkpoint import Checkpoints, load_params, tokenizer_file
 from blocktx.config import RunConfig
-from blocktx.data import Corpus, Tokenizer
+from blocktx.data import PACKING, Corpus, Tokenizer
 from blocktx.model import Model
 from blocktx.train.step import TrainState, abstract_state, create_state, state_of
 
@@ -60,6 +60,12 @@ def resumed_state(
     _require_same_tokenizer(workdir, corpus.tokenizer, config)
     wanted = abstract_state(config, mesh)
     resumed = checkpoints.restore(wanted.params, wanted.opt_state)
+    if resumed.data.get("packing") != PACKING:
+        raise ValueError(
+            f"{workdir}: the run was saved by a blocktx with another packing of documents, which "
+            "cannot be continued; begin a new run with its parameters: "
+            f"--config.training.init_from={workdir}"
+        )
     if resumed.data.get("corpus") != corpus.digest:
         raise ValueError(
             f"config.data.source: {config.data.source!r} has other documents than when the run in "

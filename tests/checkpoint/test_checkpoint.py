@@ -120,7 +120,7 @@ import sys, jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tests.helpers.saved_run import CONFIG, DATA, new_params
 from blocktx.checkpoint import Checkpoints
-from blocktx.optimizer import optimizer
+from blocktx.train.optimizer import optimizer
 mesh = jax.make_mesh((8,), ("x",))
 put = lambda x: jax.device_put(x, NamedSharding(mesh, P("x") if x.ndim and x.shape[0] % 8 == 0
                                                 else P()))

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from blocktx.config.conversion import from_config_dict, to_config_dict, to_dict
 from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
@@ -14,7 +15,7 @@ from blocktx.config.model import (
     StackConfig,
     VanillaConfig,
 )
-from blocktx.config.run import LossConfig, RunConfig, from_config_dict, to_config_dict, to_dict
+from blocktx.config.run import LossConfig, RunConfig
 
 STACK = StackConfig(layers=2, width=48, heads=4, rotary_fraction=0.5)
 SHARED = dict(vocab_size=300, context_length=64)

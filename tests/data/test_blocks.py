@@ -169,11 +169,11 @@ def test_too_little_text_says_what_would_do():
     with pytest.raises(
         ValueError, match=rf"config\.model\.context_length: the {sum(LENGTHS)} "
     ) as e:
-        pack(make_documents(), 4, total + 1, seed=0)
+        pack(make_documents(), 4, total + 1, seed=0).require_context()
     assert f"use {total * 4} or less" in str(e.value)
     assert len(pack(make_documents(), 4, total, seed=0)) == 1
     with pytest.raises(ValueError, match="use more text"):
-        pack(make_documents([1]), 4, 2, seed=0)
+        pack(make_documents([1]), 4, 2, seed=0).require_context()
 
 
 def test_random_padding_needs_a_seed():

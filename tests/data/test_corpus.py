@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from blocktx.config.run import DataConfig
-from blocktx.data import corpus
+from blocktx.data import tokenize_part
 from blocktx.data.corpus import prepare
 from blocktx.data.disk_cache import cached_folder
 from blocktx.data.tokenizer import Tokenizer
+from tests.helpers.token_lists import token_lists
 
 VOCAB = 300
 TEXTS = [f"document {i} says " + "word " * i for i in range(7)]
@@ -43,11 +44,20 @@ def calls(monkeypatch):
 
 
 def texts_of(documents, tokenizer):
-    pairs = zip(documents.offsets, documents.offsets[1:], strict=False)
-    parts = [documents.tokens[begin:end] for begin, end in pairs]
+    parts = token_lists(documents)
     assert all(part[-1] == tokenizer.end_id for part in parts)
     assert all(tokenizer.end_id not in part[:-1] for part in parts)
-    return [tokenizer.decode(part.tolist()) for part in parts]
+    assert documents.token_count == sum(map(len, parts))
+    return [tokenizer.decode(part) for part in parts]
+
+
+def train_of(data):
+    (documents,) = data.train.documents
+    return documents
+
+
+def dtype_of(data):
+    return train_of(data).read([(0, 1)])[0].dtype
 
 
 def entries(config):
@@ -56,26 +66,29 @@ def entries(config):
 
 def test_every_document_is_there_once_in_order(config):
     data = prepare(config, VOCAB)
-    assert texts_of(data.train, data.tokenizer) == [TEXTS[i] for i in (0, 1, 3, 4, 6)]
+    assert texts_of(train_of(data), data.tokenizer) == [TEXTS[i] for i in (0, 1, 3, 4, 6)]
     assert texts_of(data.heldout, data.tokenizer) == [TEXTS[i] for i in (2, 5)]
     assert data.heldout.text_bytes == len(TEXTS[2]) + len(TEXTS[5])
-    assert len(data.train) == 5
-    assert data.train.tokens.dtype == np.uint16
-    assert isinstance(data.train.tokens, np.memmap)
-    assert data.train.offsets.dtype == np.int64
+    assert len(train_of(data)) == data.train.document_count == 5
+    assert train_of(data).text_bytes + data.heldout.text_bytes == sum(map(len, TEXTS))
+    assert dtype_of(data) == np.uint16
+    assert train_of(data).offsets.dtype == np.int64
 
 
 def test_text_bytes_are_bytes(config):
     path = pathlib.Path(config.source, "0.txt")
     path.write_text("Ä世🙂")
-    assert prepare(dataclasses.replace(config, source=str(path)), VOCAB).train.text_bytes == 9
+    assert (
+        prepare(dataclasses.replace(config, source=str(path)), VOCAB).train.documents[0].text_bytes
+        == 9
+    )
 
 
 def test_batches_do_not_change_the_result(config, monkeypatch):
     whole = prepare(config, VOCAB)
-    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(tokenize_part, "_BATCH_CHARACTERS", 1)
     other = dataclasses.replace(config, cache_dir=config.cache_dir + "2")
-    assert np.array_equal(prepare(other, VOCAB).train.tokens, whole.train.tokens)
+    assert token_lists(train_of(prepare(other, VOCAB))) == token_lists(train_of(whole))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +110,7 @@ def test_split(config, documents, every, heldout):
     data = prepare(dataclasses.replace(config, holdout_every=every), VOCAB)
     assert texts_of(data.heldout, data.tokenizer) == [TEXTS[i] for i in heldout]
     expected = [TEXTS[i] for i in range(documents) if i not in heldout]
-    assert texts_of(data.train, data.tokenizer) == expected
+    assert texts_of(train_of(data), data.tokenizer) == expected
 
 
 def test_tokenizer_is_trained_on_training_documents_only(config, monkeypatch):
@@ -117,7 +130,7 @@ def test_digest_tells_documents_and_their_split_from_others(config):
     digest = prepare(config, VOCAB).digest
     again = dataclasses.replace(config, cache_dir=config.cache_dir + "2")
     assert prepare(again, VOCAB).digest == digest
-    (tokenizer,) = pathlib.Path(config.cache_dir).glob("*/tokenizer.json")
+    tokenizer = next(pathlib.Path(config.cache_dir).glob("*/tokenizer.json"))
     fixed = dataclasses.replace(config, tokenizer=str(tokenizer))
     assert prepare(fixed, VOCAB).digest == digest
     assert prepare(dataclasses.replace(fixed, holdout_every=2), VOCAB).digest != digest
@@ -132,9 +145,8 @@ def test_second_call_reads_the_cache(config, calls):
     second = prepare(config, VOCAB)
     assert calls == once
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
-    for a, b in ((first.train, second.train), (first.heldout, second.heldout)):
-        assert np.array_equal(a.tokens, b.tokens)
-        assert np.array_equal(a.offsets, b.offsets)
+    for a, b in ((train_of(first), train_of(second)), (first.heldout, second.heldout)):
+        assert token_lists(a) == token_lists(b)
         assert a.text_bytes == b.text_bytes
 
 
@@ -166,7 +178,6 @@ def grown(config):
         (edited, 1),
         (grown, 1),
         (other_tokenizer, 0),
-        (lambda config: dataclasses.replace(config, holdout_every=2), 1),
         (lambda config: dataclasses.replace(config, text_field="body"), 1),
         (lambda config: dataclasses.replace(config, end_token="<end>"), 1),
         (lambda config: dataclasses.replace(config, pad_token="<pad>"), 1),
@@ -180,8 +191,8 @@ def test_every_change_that_matters_is_noticed(config, calls, change, trains):
     cached = prepare(changed, VOCAB)
     assert calls == {"train": trains, "encode_batch": 1}
     fresh = prepare(dataclasses.replace(changed, cache_dir=config.cache_dir + "2"), VOCAB)
-    assert np.array_equal(cached.train.tokens, fresh.train.tokens)
-    assert np.array_equal(cached.train.offsets, fresh.train.offsets)
+    assert token_lists(train_of(cached)) == token_lists(train_of(fresh))
+    assert token_lists(cached.heldout) == token_lists(fresh.heldout)
 
 
 def test_other_vocab_size_trains_another_tokenizer(config):
@@ -192,9 +203,18 @@ def test_end_token_of_a_loaded_tokenizer_is_noticed(config):
     config = other_tokenizer(config)
     first = prepare(config, VOCAB)
     swapped = dataclasses.replace(config, end_token=config.pad_token)
-    assert first.train.tokens[first.train.offsets[1] - 1] == 0
-    second = prepare(swapped, VOCAB)
-    assert second.train.tokens[second.train.offsets[1] - 1] == 1
+    assert token_lists(train_of(first))[0][-1] == 0
+    assert token_lists(train_of(prepare(swapped, VOCAB)))[0][-1] == 1
+
+
+def test_another_split_of_a_loaded_tokenizer_reads_the_cache(config, calls):
+    config = other_tokenizer(config)
+    first = prepare(config, VOCAB)
+    calls.update(train=0, encode_batch=0)
+    second = prepare(dataclasses.replace(config, holdout_every=2), VOCAB)
+    assert calls == {"train": 0, "encode_batch": 0}
+    assert texts_of(second.heldout, second.tokenizer) == [TEXTS[i] for i in (1, 3, 5)]
+    assert second.digest != first.digest
 
 
 def truncate(path):
@@ -208,13 +228,13 @@ def flip(path):
 @pytest.mark.parametrize("damage", [truncate, flip, pathlib.Path.unlink])
 def test_damaged_cache_is_never_used(config, damage):
     good = prepare(config, VOCAB)
-    tokens, names = np.array(good.train.tokens), entries(config)
-    files = [path for path in pathlib.Path(config.cache_dir).rglob("*") if path.is_file()]
-    assert len(files) == 10
+    tokens, names = token_lists(train_of(good)), entries(config)
+    files = [path for path in pathlib.Path(config.cache_dir).rglob("[!.]*") if path.is_file()]
+    assert len(files) == 8
     for path in files:
         damage(path)
         again = prepare(config, VOCAB)
-        assert np.array_equal(again.train.tokens, tokens), path
+        assert token_lists(train_of(again)) == tokens, path
         assert entries(config) == names
 
 
@@ -228,7 +248,7 @@ def test_interrupted_preparation_leaves_nothing(config, monkeypatch, error):
         with pytest.raises(error):
             prepare(config, VOCAB)
         assert entries(config) == []
-    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(tokenize_part, "_BATCH_CHARACTERS", 1)
     with monkeypatch.context() as patch:
         original, done = Tokenizer.encode_batch, []
 
@@ -240,7 +260,7 @@ def test_interrupted_preparation_leaves_nothing(config, monkeypatch, error):
         with pytest.raises(error):
             prepare(config, VOCAB)
         assert len(entries(config)) == 1  # the tokenizer, which is whole
-    assert len(prepare(config, VOCAB).train) == 5
+    assert prepare(config, VOCAB).train.document_count == 5
 
 
 @pytest.mark.parametrize(("hours", "left"), [(23, True), (25, False)])
@@ -271,8 +291,8 @@ def test_tokenizer_too_large_for_the_model(config):
 def test_large_vocabularies_take_four_bytes(config, monkeypatch):
     monkeypatch.setattr(Tokenizer, "vocab_size", (1 << 16) + 1)
     data = prepare(config, 1 << 17)
-    assert data.train.tokens.dtype == np.uint32
-    assert texts_of(data.train, data.tokenizer)[0] == TEXTS[0]
+    assert dtype_of(data) == np.uint32
+    assert texts_of(train_of(data), data.tokenizer)[0] == TEXTS[0]
 
 
 @pytest.mark.parametrize("place", ["gs://bucket/cache", "{}/file/cache"])

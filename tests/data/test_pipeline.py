@@ -59,14 +59,42 @@ def rows_of(batches):
     return [row.tobytes() for batch in batches for row in batch["tokens"]]
 
 
-def test_each_epoch_has_every_context_once_in_an_order_of_its_own():
+def epochs_of(documents, config, count):
+    """The rows of the first epochs, from batches of one."""
+    batches = training_batches(documents, config, PAD)
+    lengths = [
+        PackedBlocks.count(
+            documents,
+            block_length=config.model.block_length,
+            blocks=config.model.blocks,
+            random_padding=config.data.random_padding,
+            seed=(int(np.random.SeedSequence(config.seed).generate_state(1)[0]), epoch),
+        )
+        for epoch in range(count)
+    ]
+    return [take(batches, length) for length in lengths]
+
+
+def test_each_epoch_has_every_token_once_but_those_of_the_last_partial_context():
     config = make_config(batch_size=1)
-    once = rows_of(take(training_batches(DOCUMENTS, config, PAD), 200))
-    epoch = len(set(once))
-    assert 5 < epoch < 50
-    epochs = [once[i : i + epoch] for i in range(0, 3 * epoch, epoch)]
+    epochs, left_out = epochs_of(DOCUMENTS, config, 12), []
+    for rows in epochs:
+        tokens = np.concatenate([row["tokens"][row["mask"]] for row in rows])
+        assert len(set(tokens.tolist())) == len(tokens)  # every token of DOCUMENTS is another
+        assert set(tokens.tolist()) <= set(DOCUMENTS.tokens.tolist())
+        assert sum(LENGTHS) - len(tokens) < config.model.context_length
+        left_out.append(frozenset(DOCUMENTS.tokens.tolist()) - set(tokens.tolist()))
+    assert len(set(left_out)) > 6  # other blocks each time
+    packed = [frozenset(rows_of(rows)) for rows in epochs]
+    assert len(set(packed)) == len(packed)  # another packing
+
+
+def test_each_epoch_has_every_context_once_in_an_order_of_its_own():
+    config = make_config(batch_size=1, random_padding=False)
+    one = Documents(np.arange(2, 202, dtype=np.uint16), np.array([0, 200]), 0)  # packs in one way
+    epochs = [rows_of(rows) for rows in epochs_of(one, config, 3)]
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
-    assert all(len(set(rows)) == epoch for rows in epochs)
+    assert all(len(set(rows)) == len(rows) == 12 for rows in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
@@ -93,7 +121,7 @@ def test_random_padding_setting_is_used():
     assert first_of_block[1].all()
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4, 50])  # start, mid-epoch, in a later epoch
+@pytest.mark.parametrize("steps", [0, 1, 4, 50])  # start, mid-epoch, in later epochs
 def test_resumes_exactly(steps):
     config = make_config()
     reference = take(training_batches(DOCUMENTS, config, PAD), steps + 20)

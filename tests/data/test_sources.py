@@ -7,12 +7,13 @@ import sys
 import pytest
 import zstandard
 
-from blocktx.data import sources
+from blocktx.data import sources, text_files
 from blocktx.data.sources import fingerprint, read_documents
+from blocktx.data.text_files import pieces
 
 
 def read(path, text_field="text"):
-    return list(read_documents(str(path), text_field))
+    return ["".join(pieces(document)) for document in read_documents(str(path), text_field)]
 
 
 def json_lines(*texts):
@@ -46,7 +47,7 @@ def test_package_is_found_without_being_imported(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_compressed_files_equal_plain_ones(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 7)  # lines and characters across chunks
+    monkeypatch.setattr(text_files, "_CHUNK_BYTES", 7)  # lines and characters across chunks
     texts = ["zero", "ein Ä\nzweite Zeile", "三", "", "  \n", "🙂" * 50]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESS[suffix](json_lines(*texts)))
     (tmp_path / f"b.txt{suffix}").write_bytes(COMPRESS[suffix](b"Ende\r\n"))
@@ -182,7 +183,7 @@ def test_fingerprint_follows_the_files(tmp_path):
 
 def test_line_of_many_chunks(tmp_path, monkeypatch):
     """20,000 of them, with which copying the line for each would take minutes."""
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(text_files, "_CHUNK_BYTES", 1 << 10)
     texts = ["short", "long " * (4 << 20), "short"]
     (tmp_path / "a.jsonl").write_bytes(json_lines(*texts))
     assert list(read_documents(str(tmp_path / "a.jsonl"), "text")) == texts

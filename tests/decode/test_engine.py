@@ -13,13 +13,15 @@ from blocktx.benchmark.measure import equal_vanilla
 from blocktx.config.model import BlockConfig, StackConfig
 from blocktx.cost import count_params
 from blocktx.data.tokenizer import Tokenizer
-from blocktx.decode import engine as engine_module
+from blocktx.decode import texts
 from blocktx.decode.engine import Generation
 from blocktx.decode.generate import Generated
+from blocktx.decode.sampling import SamplingConfig
 from blocktx.train.loop import train
 from tests.helpers.compile_events import compilations
 from tests.helpers.tiny_run import run_config, write_corpus
 
+RETURN_NONE = dict(return_logprobs=False)
 PROMPTS = ["token cache", "", "lookup", "a \N{GRINNING FACE} in a block"]
 
 
@@ -46,7 +48,7 @@ def test_load(trained, below):
     )
     saved = Tokenizer.load(workdir / "tokenizer.json", config.data.end_token, config.data.pad_token)
     assert engine.tokenizer.fingerprint == saved.fingerprint
-    _, expected = blocktx.model.params.separate_layers(engine.model, state.params)
+    _, expected = blocktx.model.params.for_decoding(engine.model, state.params)
     jax.tree.map(np.testing.assert_array_equal, engine.params, expected)
 
 
@@ -82,7 +84,7 @@ def test_text_is_what_the_tokens_say_up_to_the_end(engine, monkeypatch):
         count = np.array([len(word) + 1, len(word) + 2])
         yield Generated(tokens, None, count, np.array([True, False]), np.array([True, True]))
 
-    monkeypatch.setattr(engine_module, "generate_blocks", fake)
+    monkeypatch.setattr(texts, "generate_blocks", fake)
     first, second = engine.generate(["", "token cache"], max_new_tokens=9, top_k=3, stop=7)
     assert first == "block token"
     assert second == "block token" + tokenizer.decode([5, 6])
@@ -90,8 +92,9 @@ def test_text_is_what_the_tokens_say_up_to_the_end(engine, monkeypatch):
     padding = [tokenizer.pad_id] * (len(row) - 1)
     assert given["tokens"].tolist() == [[*padding, tokenizer.end_id], row]  # starts a document
     assert given["mask"].astype(int).tolist() == [[0] * len(padding) + [1], [1] * len(row)]
-    options = dict(max_new_tokens=9, temperature=1.0, top_k=3, top_p=1.0, min_p=0.0, seed=0)
-    assert options.items() <= given.items()
+    assert given["max_new_tokens"].tolist() == [9, 9]
+    assert given["sampling"] == [SamplingConfig(top_k=3)] * 2
+    assert given["seed"] == 0
     assert given["stop"] == [tokenizer.end_id, 7]
     assert given["pad_id"] == tokenizer.pad_id
 
@@ -183,7 +186,10 @@ def test_nothing_is_compiled_or_left_behind_by_a_second_call(engine):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(stream=True, return_logprobs=True), "return_logprobs: is not for stream"),
+        (
+            dict(stream=True, return_logprobs=True),
+            "return_logprobs: cannot be combined with stream",
+        ),
         (dict(stop=3.5), "stop: got 3.5, expected strings and token ids"),
         (dict(stop=["a", None]), "stop: got .*, expected strings, none empty, and token ids"),
         (dict(stop=[""]), "expected strings, none empty"),
@@ -206,6 +212,61 @@ def test_prompts_of_token_ids(engine):
     given = [ids[0], PROMPTS[1], *ids[2:]]
     settings = dict(max_new_tokens=6, temperature=0.0)
     assert engine.generate(given, **settings) == engine.generate(PROMPTS, **settings)
+
+
+def test_arrays_are_prompts_and_options(engine):
+    ids = [[3, 4, 5], [6, 7, 8]]
+    texts = engine.generate(ids, max_new_tokens=[5, 6], temperature=0)
+    numpy, arrays = np.array(ids), jax.numpy.array(ids)
+    budget = np.array([5, 6])
+    for given in (numpy, arrays, list(numpy), list(arrays)):
+        assert engine.generate(given, max_new_tokens=budget, temperature=np.array(0)) == texts
+    assert engine.generate(numpy[:1], max_new_tokens=np.array(5), temperature=0) == texts[:1]
+    for given in (numpy[0], numpy * 1.0, np.array(3), [numpy]):
+        with pytest.raises(ValueError, match="expected a string or a list of"):
+            engine.generate(given)
+
+
+def test_sampling_of_each_prompt(engine):
+    configs = [SamplingConfig(0), SamplingConfig(2.0), SamplingConfig(2.0, top_k=3)]
+    options = dict(max_new_tokens=9, seed=[1, 2, 3])
+    got = engine.generate(["token"] * 3, sampling=configs, **options)
+    settings = [dict(temperature=0), dict(temperature=2.0), dict(temperature=2.0, top_k=3)]
+    for text, seed, one in zip(got, options["seed"], settings, strict=True):
+        assert engine.generate("token", seed=[seed], max_new_tokens=9, **one) == text
+    with pytest.raises(ValueError, match=r"sampling: got .* and also top_k; use one"):
+        engine.generate("token", sampling=configs[0], top_k=3)
+
+
+@pytest.mark.parametrize("return_logprobs", [False, True])
+def test_more_prompts_than_rows_are_decoded_continuously(engine, return_logprobs):
+    prompts = [*PROMPTS, *PROMPTS[::-1], *(prompt[:5] for prompt in PROMPTS)]
+    options = dict(
+        max_new_tokens=[1 + 5 * (i % 4) for i in range(12)],
+        sampling=[SamplingConfig([0, 3.0, 1.0][i % 3]) for i in range(12)],
+        seed=list(range(12)),
+        stop=["x", engine.generate("token", max_new_tokens=20, temperature=0)[3:6]],
+        return_logprobs=return_logprobs,
+    )
+    together = engine.generate(prompts, rows=12, **options)
+    continuous = engine.generate(prompts, rows=3, **options)
+    if not return_logprobs:
+        assert continuous == together
+        parts = list(engine.generate(prompts, rows=3, stream=True, **options | RETURN_NONE))
+        assert ["".join(row) for row in zip(*parts, strict=True)] == together
+        return
+    for got, expected in zip(continuous, together, strict=True):
+        np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+        same = dict(logprobs=None)
+        assert dataclasses.replace(got, **same) == dataclasses.replace(expected, **same)
+    assert {got.finish_reason for got in continuous} == {"stop", "length"}
+
+
+def test_a_mistake_names_the_prompt_of_many(engine):
+    with pytest.raises(ValueError, match=r"prompt of row 2 \(.*\) and 33 new tokens do not fit"):
+        engine.generate(["token"] * 4, max_new_tokens=[1, 2, 33, 4], rows=2)
+    with pytest.raises(ValueError, match="rows: got 0"):
+        engine.generate("token", rows=0)
 
 
 @pytest.mark.parametrize("prompts", [[], [3], [["token"]], b"token", [b"token"], 3, None])

@@ -10,9 +10,9 @@ import pytest
 
 from blocktx.config.model import StackConfig
 from blocktx.decode.generate import generate, generate_blocks
-from blocktx.decode.loop import advance, prefill
-from blocktx.decode.prompts import place_prompts
-from blocktx.decode.sampling import Sampling
+from blocktx.decode.loop import decode_blocks, prefill
+from blocktx.decode.prompts import layout_prompts
+from blocktx.decode.sampling import Sampling, SamplingConfig
 from blocktx.model.build import build, init_params
 from tests.helpers.compile_events import compilations
 from tests.helpers.tiny_net import NET, PARAMS
@@ -82,7 +82,7 @@ def test_placement_does_not_change_a_prompt_of_whole_blocks():
 def begin(max_new_tokens=64, **options):
     """The state after a prefill of a full bucket, and the sampling for it."""
     tokens = np.tile(np.random.default_rng(1).integers(0, 53, (1, 64)), (2, 1))
-    prompts = place_prompts(
+    prompts = layout_prompts(
         tokens,
         np.ones_like(tokens),
         NET.config,
@@ -90,16 +90,16 @@ def begin(max_new_tokens=64, **options):
         placement="pad",
         pad_id=0,
     )
-    sampling = Sampling.create(rows=2, temperature=0, **options)
+    sampling = Sampling.create(SamplingConfig(temperature=0), rows=2, **options)
     return prefill(NET, PARAMS, prompts), sampling
 
 
 def go(state, sampling, blocks):
-    return advance(NET, PARAMS, state, sampling, np.int32(blocks), np.int32(0))
+    return decode_blocks(NET, PARAMS, state, sampling, np.int32(blocks), np.int32(0))
 
 
 def full_slots(state):
-    return np.flatnonzero(np.any(state.cache[0].k_SxD, (0, 2)))
+    return np.flatnonzero(np.any(state.cache[0].k_SxE, (0, 2)))
 
 
 def test_loop_stops_when_all_rows_have_finished():
@@ -134,12 +134,12 @@ def test_program_holds_one_copy_of_the_cache():
     net, tokens = build(config), np.zeros((1, 512), int)
     params = jax.eval_shape(functools.partial(init_params, net), jax.random.key(0))
     options = dict(max_new_tokens=512, placement="pad", pad_id=0)
-    prompts = place_prompts(tokens, np.ones_like(tokens), config, **options)
+    prompts = layout_prompts(tokens, np.ones_like(tokens), config, **options)
     state = jax.eval_shape(functools.partial(prefill, net), params, prompts)
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
     assert cache == 4 * 2 * 4 * 32 * 256  # keys and values of 256 blocks in 4 layers
     sampling = Sampling.create(rows=1)
-    lowered = advance.lower(net, params, state, sampling, np.int32(1), np.int32(0))
+    lowered = decode_blocks.lower(net, params, state, sampling, np.int32(1), np.int32(0))
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < cache / 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blocktx.decode.generate import generate, generate_blocks
-from blocktx.decode.prompts import place_prompts
+from blocktx.decode.prompts import layout_prompts
 from tests.helpers.compile_events import traces
 from tests.helpers.tiny_net import NET, PARAMS
 
@@ -63,8 +63,8 @@ RIGHT_PADDED = np.array([[1] * 9, [1] * 8 + [0]])
         (dict(tokens=-PROMPTS), "tokens: -.* is not in 0.."),
         (dict(mask=REAL * [[1], [0]]), "row 1 of the prompts has no token"),
         (dict(tokens=PROMPTS[:, :0], mask=REAL[:, :0]), "row 0 of the prompts has no token"),
-        (dict(mask=HOLES), "row 1 of the mask has padding behind a token; left-pad"),
-        (dict(mask=RIGHT_PADDED), "row 1 of the mask has padding behind a token; left-pad"),
+        (dict(mask=HOLES), "row 1 of the mask has padding after a token; left-pad"),
+        (dict(mask=RIGHT_PADDED), "row 1 of the mask has padding after a token; left-pad"),
         (dict(mask=REAL[:, 1:]), r"tokens \(2, 9\) and mask \(2, 8\) must both be"),
         (dict(tokens=PROMPTS[0], mask=REAL[0]), r"must both be \[batch, length\], with"),
         (dict(tokens=PROMPTS[:0], mask=REAL[:0]), "with a row or more"),
@@ -100,7 +100,7 @@ def place(lengths, placement, new=5):
     tokens = np.array([[50] * (12 - size) + list(range(1, size + 1)) for size in lengths])
     mask = np.arange(12)[::-1] < np.array(lengths)[:, None]
     options = dict(max_new_tokens=new, placement=placement, pad_id=51)
-    return place_prompts(tokens, mask, NET.config, **options)
+    return layout_prompts(tokens, mask, NET.config, **options)
 
 
 @pytest.mark.parametrize("placement", ["pad", "force"])
@@ -117,14 +117,14 @@ def test_prompts_begin_at_block_0_and_end_before_what_is_drawn(placement):
         assert prompts.length_B[row] == (padding + size) // 4
     assert (prompts.end_B - prompts.begin_B).tolist() == [5, 1, 2, 3, 4, 9, 0, 0]
     assert (prompts.length_B * 4 >= prompts.end_B).tolist() == [False] * 6 + [True] * 2
-    assert prompts.slots == 32
+    assert prompts.cache_blocks == 32
 
 
 def test_buckets_of_prompt_and_new_blocks_end_at_the_context():
     tokens = np.ones((1, 70), int)
     options = dict(placement="pad", pad_id=0)
     config = dataclasses.replace(NET.config, context_length=80)
-    prompts = place_prompts(tokens, tokens, config, max_new_tokens=8, **options)
-    assert (prompts.tokens_BxNxK.shape[1], prompts.slots) == (20, 20 + 16)
-    prompts = place_prompts(tokens, tokens, NET.config, max_new_tokens=8, **options)
-    assert (prompts.tokens_BxNxK.shape[1], prompts.slots) == (32, 32 + 16)
+    prompts = layout_prompts(tokens, tokens, config, max_new_tokens=8, **options)
+    assert (prompts.tokens_BxNxK.shape[1], prompts.cache_blocks) == (20, 20 + 16)
+    prompts = layout_prompts(tokens, tokens, NET.config, max_new_tokens=8, **options)
+    assert (prompts.tokens_BxNxK.shape[1], prompts.cache_blocks) == (32, 32 + 16)

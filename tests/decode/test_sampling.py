@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from blocktx.decode.sampling import Sampling, log_probability, sample
+from blocktx.decode.sampler import log_probability, sample
+from blocktx.decode.sampling import Sampling, SamplingConfig
 
 CHOOSE = jax.jit(sample, static_argnums=3)
 LOGITS = np.array([0.1, 2.0, -1.0, 1.5, 0.9, 1.8, -0.3])
@@ -29,7 +30,7 @@ def reference(logits, temperature, top_k, top_p, min_p):
     return probability
 
 
-@pytest.fixture(scope="module", params=["cpu", "tpu"])
+@pytest.fixture(scope="module", params=["chunked", "plain"])
 def platform(request):
     return request.param
 
@@ -39,19 +40,19 @@ def draw(rows, platform, **options):
     logits = np.full((rows, 260), -1e9, np.float32)
     logits[:, PLACES] = LOGITS
     position = options.pop("position", np.full(rows, 3))
-    sampling = Sampling.create(rows=rows, **options)
+    seed = options.pop("seed", 0)
+    sampling = Sampling.create(SamplingConfig(**options), rows=rows, seed=seed)
     return np.asarray(CHOOSE(logits, sampling, position, platform))
 
 
 @pytest.fixture(scope="module")
 def drawn(platform):
     """4,000 draws at position 3 of as many rows."""
-    seeds = Sampling.create(rows=DRAWS).seed_Bx2
     logits = np.full((DRAWS, 260), -1e9, np.float32)
     logits[:, PLACES] = LOGITS
 
     def run(**options):
-        sampling = Sampling.create(rows=1, **options).replace(seed_Bx2=seeds)
+        sampling = Sampling.create(SamplingConfig(**options), rows=DRAWS)
         return np.asarray(CHOOSE(logits, sampling, np.full(DRAWS, 3), platform))
 
     return run
@@ -92,7 +93,8 @@ def test_limits_are_greedy(platform, options):
 
 def test_greedy_is_the_first_of_equals(platform):
     logits = np.random.default_rng(0).integers(0, 9, (40, 260)).astype(np.float32)
-    tokens = CHOOSE(logits, Sampling.create(rows=40, temperature=0), np.zeros(40, int), platform)
+    sampling = Sampling.create(SamplingConfig(temperature=0), rows=40)
+    tokens = CHOOSE(logits, sampling, np.zeros(40, int), platform)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
@@ -107,6 +109,37 @@ def test_draws_follow_from_seed_and_position_alone(platform):
     alone = [draw(1, platform, seed=seed)[0] for seed in seeds]
     np.testing.assert_array_equal(draw(50, platform, seed=seeds), alone)
     assert (draw(50, platform, seed=[7] * 50) == draw(1, platform, seed=7)[0]).all()
+
+
+def test_rows_with_different_parameters_draw_what_they_would_draw_alone(platform):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=3, size=(36, 260)).astype(np.float32)
+    configs = [
+        SamplingConfig(temperature, top_k, top_p, min_p)
+        for temperature in (0, 0.7, 2.0)
+        for top_k in (0, 3)
+        for top_p in (1.0, 0.8)
+        for min_p in (0.0, 0.1, 0.3)
+    ]
+    seeds, position = list(range(36)), rng.integers(0, 9, 36)
+    together = CHOOSE(logits, Sampling.create(configs, rows=36, seed=seeds), position, platform)
+    for row in range(36):
+        alone = Sampling.create(configs[row], rows=1, seed=[row])
+        row_1 = slice(row, row + 1)
+        assert CHOOSE(logits[row_1], alone, position[row_1], platform)[0] == together[row]
+
+
+def test_numpy_and_jax_numbers_are_numbers():
+    plain = SamplingConfig(0.5, 3, 0.25, 0.125)
+    arrays = [np.float32(0.5), np.array(3), jax.numpy.float32(0.25), jax.numpy.array(0.125)]
+    assert SamplingConfig(*arrays) == plain
+    seeds = Sampling.create(rows=2, seed=[4, 5]).seed_Bx2
+    for given in (np.array([4, 5]), jax.numpy.array([4, 5]), [np.int64(4), jax.numpy.array(5)]):
+        np.testing.assert_array_equal(Sampling.create(rows=2, seed=given).seed_Bx2, seeds)
+    with pytest.raises(ValueError, match="temperature: got True"):
+        SamplingConfig(temperature=True)
+    with pytest.raises(ValueError, match=r"sampling: got .* must be one .* or one per row \(3\)"):
+        Sampling.create([plain] * 2, rows=3)
 
 
 def test_log_probability():

@@ -1,5 +1,7 @@
 """Text out of tokens that come a few at a time, with two kinds of decoders."""
 
+import functools
+
 import pytest
 import tokenizers
 from tokenizers import decoders, models
@@ -49,7 +51,7 @@ def case(request):
 
 
 def parts(tokenizer, tokens, size, stop=()):
-    stream, out = TextStream(tokenizer.decode, stop), []
+    stream, out = TextStream(functools.partial(tokenizer.continuation, []), stop), []
     for end in range(size, len(tokens) + size, size):
         out.append(stream.update(tokens[:end], finished=end >= len(tokens)))
     return stream, out

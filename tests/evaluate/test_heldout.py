@@ -9,7 +9,7 @@ import pytest
 
 from blocktx.evaluate.heldout import Evaluation, _sums, evaluate
 from blocktx.model.build import build, init_params
-from blocktx.model.loss import position_sums
+from blocktx.model.loss import loss_by_position
 from tests.helpers.tiny_run import MODEL
 
 MODULE = build(MODEL)
@@ -31,7 +31,7 @@ def batches(count=3, seed=0):
 
 
 def test_values_against_sums_over_batches(params):
-    compiled = jax.jit(position_sums, static_argnums=0)
+    compiled = jax.jit(loss_by_position, static_argnums=0)
     sums = [compiled(MODULE, params, b["tokens"], b["mask"]) for b in batches()]
     nats_K = sum(np.float64(nats) for nats, _ in sums)
     count_K = sum(np.float64(count) for _, count in sums)

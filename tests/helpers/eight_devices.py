@@ -195,7 +195,8 @@ def train(workdir: str, *settings: str) -> None:
     """
     import dataclasses
 
-    from blocktx.config.run import MeshConfig, from_config_dict
+    from blocktx.config.conversion import from_config_dict
+    from blocktx.config.run import MeshConfig
     from blocktx.train.loop import train as run_training
 
     config = from_config_dict(json.loads(pathlib.Path(f"{workdir}.json").read_text()))

@@ -11,8 +11,8 @@ import pytest
 
 from blocktx.convert import load_neox, load_official
 from blocktx.decode.generate import generate
-from blocktx.model.loss import position_sums
-from blocktx.model.params import separate_layers
+from blocktx.model.loss import loss_by_position
+from blocktx.model.params import for_decoding
 from tests.helpers import golden
 
 ROWS = 3  # of every batch, so that a case compiles each function once
@@ -29,9 +29,9 @@ def _apply(net, method, params, tokens, mask):
 
 
 def sums_of(net, logits, tokens, mask):
-    """`position_sums` of logits that are there already, to be spared another compilation."""
+    """`loss_by_position` of logits that are there already, to be spared another compilation."""
     known = types.SimpleNamespace(config=net.config, apply=lambda *args: jnp.asarray(logits))
-    return position_sums(known, {}, jnp.asarray(tokens), jnp.asarray(mask))
+    return loss_by_position(known, {}, jnp.asarray(tokens), jnp.asarray(mask))
 
 
 def greedy(net, params, prompt, mask, length, **kwargs):
@@ -79,23 +79,23 @@ def test_block_forward(block_case):
 
 def test_block_greedy(block_case):
     net, params, expected = block_case
-    net, params = separate_layers(net, params)
+    net, params = for_decoding(net, params)
     for case in ("genA", "genB", "genC", "genD"):
         prompt, mask = expected[f"{case}_input_ids"], expected[f"{case}_attention_mask"]
         full = expected[f"{case}_generated_consistent_full"]
         assert (full[:, : prompt.shape[1]] == prompt).all()
-        generated = generate(net, params, prompt, mask, full.shape[1])
+        generated = greedy(net, params, prompt, mask, full.shape[1])
         np.testing.assert_array_equal(generated, full[:, prompt.shape[1] :], err_msg=case)
 
 
 def test_block_greedy_to_the_end_of_sequence(block_case):
     net, params, expected = block_case
-    net, params = separate_layers(net, params)
+    net, params = for_decoding(net, params)
     prompt, end = expected["genA_input_ids"], int(expected["genEOS_eos_token_id"])
     theirs = expected["genEOS_generated_consistent"]
     assert (theirs[:, : prompt.shape[1]] == prompt).all()
     mask = np.ones_like(prompt)
-    generated = generate(net, params, prompt, mask, theirs.shape[1], stop=[end])
+    generated = greedy(net, params, prompt, mask, theirs.shape[1], stop=[end])
     for ours_T, theirs_T in zip(generated, theirs[:, prompt.shape[1] :], strict=True):
         if end in theirs_T.tolist():
             length = theirs_T.tolist().index(end) + 1
@@ -155,5 +155,5 @@ def test_vanilla_greedy(vanilla_case):
         prompt = expected[f"{case}_input_ids"]
         mask = expected.get(f"{case}_attention_mask", np.ones_like(prompt))
         full = expected[f"{case}_generated"]
-        generated = generate(net, params, prompt, mask, full.shape[1])
+        generated = greedy(net, params, prompt, mask, full.shape[1])
         np.testing.assert_array_equal(generated, full[:, prompt.shape[1] :], err_msg=case)

@@ -12,7 +12,7 @@ import pytest
 from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
 from blocktx.cost import count_params
 from blocktx.model.build import build
-from blocktx.model.loss import position_sums
+from blocktx.model.loss import loss_by_position
 from blocktx.model.params import stack_layers, unstack_layers
 from blocktx.ops.gelu import gelu
 from blocktx.ops.rotary import rotary
@@ -136,7 +136,7 @@ def loss_of(config):
     net, tokens, mask = build(config), jnp.tile(TOKENS, (4, 1, 1)), jnp.tile(PADDED, (4, 1, 1))
 
     def loss(params):
-        nats, count = position_sums(net, params, tokens, mask)
+        nats, count = loss_by_position(net, params, tokens, mask)
         return nats.sum() / count.sum()
 
     return loss, params_of(BLOCK) if config.scan_layers else unstack_layers(params_of(BLOCK))

@@ -12,7 +12,7 @@ from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
 from blocktx.config.run import LossConfig
 from blocktx.model.build import build
 from blocktx.ops import cross_entropy
-from blocktx.ops.cross_entropy import sum_of_nats
+from blocktx.ops.cross_entropy import cross_entropy_sum
 from blocktx.train.loss import training_sums
 from tests.helpers.random_weights import random_params
 
@@ -39,7 +39,7 @@ def test_equals_the_plain_loss(monkeypatch):
     @jax.jit
     def both(hidden, kernel):
         def fused(*args):
-            return sum_of_nats(*args, labels, scored)
+            return cross_entropy_sum(*args, labels, scored)
 
         return [
             jax.value_and_grad(lambda *args, f=f: 0.5 * f(*args), (0, 1))(hidden, kernel)
@@ -55,7 +55,7 @@ def test_large_logits_neither_overflow_nor_lose_their_gradient():
     hidden = np.full((1, 1, 1, 1), 200, np.float32)
     kernel = np.array([[1.0, -1.0]], np.float32)
     labels, scored = np.ones((1, 1, 1), int), np.ones((1, 1, 1), bool)
-    nats, gradient = jax.value_and_grad(sum_of_nats, 1)(hidden, kernel, labels, scored)
+    nats, gradient = jax.value_and_grad(cross_entropy_sum, 1)(hidden, kernel, labels, scored)
     assert nats == 400
     np.testing.assert_array_equal(gradient, [[200, -200]])
 

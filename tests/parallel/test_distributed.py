@@ -18,7 +18,7 @@ from tests.helpers.metadata_server import metadata_server
 ROOT = pathlib.Path(__file__).parents[2]
 PROCESS = """
 import sys, time
-from blocktx import distributed
+from blocktx.parallel import end_with, initialize
 address, count, index, timeout, heartbeat, then = sys.argv[1:]
 initialize(
     "auto", address, int(count), int(index),
@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 total = multihost_utils.process_allgather(jnp.array(jax.process_index() + 1)).sum()
 print(f"devices={jax.device_count()} local={jax.local_device_count()} total={total}", flush=True)
 if then == "fail":
-    distributed.end_with(1)
+    end_with(1)
 time.sleep(60 if then == "wait" else 0)
 """
 CLUSTER_VARIABLES = ("SLURM_", "OMPI_", "MEGASCALE_", "TPU_", "GCE_", "JAX_COORDINATOR")

@@ -11,7 +11,7 @@ from etils import epath
 import blocktx
 from blocktx.checkpoint.folder import has_checkpoint
 from blocktx.checkpoint.params import load_params
-from blocktx.files import Lines, copy_folder, write_whole
+from blocktx.files import AppendLog, copy_folder, write_atomic
 from blocktx.train.loop import train
 from blocktx.train.metrics import read
 from tests.helpers.gcs_server import gcs_server
@@ -95,16 +95,16 @@ def test_half_a_save_is_no_checkpoint(interrupted, bucket):
         if (step / name).is_dir():
             for path in (step / name).iterdir():
                 if not path.is_dir():
-                    write_whole(copy / name / path.name, path.read_bytes())
+                    write_atomic(copy / name / path.name, path.read_bytes())
         elif name != "commit_success.txt":
-            write_whole(copy / name, (step / name).read_bytes())
+            write_atomic(copy / name, (step / name).read_bytes())
     assert "commit_success.txt" in names
     assert not has_checkpoint(bucket / "half")
 
 
 def test_lines_are_there_when_flushed(bucket):
     path = bucket / "lines"
-    lines = Lines(path, ["a"])
+    lines = AppendLog(path, ["a"])
     lines.write("b")
     assert path.read_text() == "a\n"
     lines.flush()

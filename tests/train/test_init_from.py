@@ -11,8 +11,8 @@ import pytest
 
 import blocktx.train.loop as module
 from blocktx.checkpoint.params import load_params, save_params
+from blocktx.config.conversion import from_config_dict
 from blocktx.config.model import StackConfig, VanillaConfig
-from blocktx.config.run import from_config_dict
 from blocktx.convert.uptrain import lengthen, uptrain
 from blocktx.data.tokenizer import Tokenizer
 from blocktx.model.build import build, init_params

@@ -12,7 +12,7 @@ import optax
 from blocktx.checkpoint.params import load_params
 from blocktx.config.model import VanillaConfig
 from blocktx.model.build import build
-from blocktx.model.loss import position_sums
+from blocktx.model.loss import loss_by_position
 from blocktx.train.loop import train
 from blocktx.train.metrics import read
 from blocktx.train.optimizer import optimizer, schedule
@@ -50,7 +50,7 @@ def test_step_is_optax_on_the_gradient_of_the_mean(data):
     @jax.jit
     def gradient_step(params):
         def loss(params):
-            nats_K, count_K = position_sums(MODULE, params, tokens, mask)
+            nats_K, count_K = loss_by_position(MODULE, params, tokens, mask)
             return nats_K.sum() / count_K.sum()
 
         value, grads = jax.value_and_grad(loss)(params)

@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from blocktx.config.run import to_dict
+from blocktx.config.conversion import to_dict
 from blocktx.train.trace import StepTrace
 
 

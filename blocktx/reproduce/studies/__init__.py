@@ -1,4 +1,4 @@
-"""All studies, by name: what each of the paper's findings asks to be run, at any scale."""
+"""All studies, by name: what each of the paper's findings needs, at any scale."""
 
 from collections.abc import Callable
 
@@ -9,23 +9,28 @@ from blocktx.reproduce.studies import (
     conditioning,
     embedder,
     equal_flops,
+    frontier,
     long_context,
     long_prompt,
     megabyte,
     position_loss,
+    regime,
     uptraining,
 )
 from blocktx.reproduce.study import Study
 
-STUDIES: dict[str, Callable[[Base], Study]] = {
+STUDIES: dict[str, Callable[[Base], Study]] = {  # in the order in which `all` makes them
+    "regime": regime.study,
+    "block_length": block_length.study,
     "allocation": allocation.study,
     "position_loss": position_loss.study,
-    "block_length": block_length.study,
-    "embedder": embedder.study,
     "conditioning": conditioning.study,
+    "embedder": embedder.study,
+    "megabyte": megabyte.study,
+    "uptraining": uptraining.study,
     "long_context": long_context.study,
     "long_prompt": long_prompt.study,
     "equal_flops": equal_flops.study,
-    "uptraining": uptraining.study,
-    "megabyte": megabyte.study,
+    "frontier": frontier.study,
+    "learning_rate": frontier.learning_rate,
 }

@@ -1,5 +1,7 @@
 """Finding 1: how the layers are best divided between block decoder and token decoder."""
 
+import math
+
 from blocktx.reproduce.scale import Base
 from blocktx.reproduce.studies import common
 from blocktx.reproduce.study import Chart, Found, Results, Series, Study, lower, spread
@@ -9,6 +11,11 @@ _SHORT, _LONG = 2, 8  # block lengths at which the allocation is looked at again
 
 def _says(ratio: tuple[int, int]) -> str:
     return f"{ratio[0]}:{ratio[1]}"
+
+
+def _place(ratio: tuple[int, int]) -> float:
+    """The place on the axis: block decoders grow to the left, evenly in the logarithm."""
+    return math.log2(ratio[1] / ratio[0])
 
 
 def study(base: Base) -> Study:
@@ -73,10 +80,10 @@ def study(base: Base) -> Study:
                     "layers, block : token",
                     common.LOSS,
                     [
-                        Series(f"blocks of {length}", list(map(_says, of)), list(of.values()))
+                        Series(f"blocks of {length}", list(map(_place, of)), list(of.values()))
                         for length, of in losses.items()
                     ],
-                    ticks=list(map(_says, common.RATIOS)),
+                    ticks={_place(ratio): _says(ratio) for ratio in common.RATIOS},
                 )
             ],
         )

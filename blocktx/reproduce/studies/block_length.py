@@ -9,9 +9,20 @@ import numpy as np
 from blocktx.config import BlockConfig
 from blocktx.reproduce.scale import Base
 from blocktx.reproduce.studies import common
-from blocktx.reproduce.study import Chart, Found, Results, Series, Study, holds, lower, spread
+from blocktx.reproduce.study import (
+    Chart,
+    Check,
+    Found,
+    Results,
+    Series,
+    Study,
+    holds,
+    lower,
+    spread,
+)
 
 _LENGTHS = (1, 2, 4, 8)  # tokens in a block
+_TICKS = {length: str(length) for length in _LENGTHS}
 
 
 def study(base: Base) -> Study:
@@ -27,65 +38,43 @@ def study(base: Base) -> Study:
 
     def find(results: Results) -> Found:
         losses = {length: results.values(runs[length].name) for length in _LENGTHS}
-        speeds, noise = results.rates(speed.name), results.noise()
-        rates = [speeds[f"length_{length}"] for length in _LENGTHS]
+        vanilla, noise = results.values("vanilla"), results.noise()
         checks = [
             lower(losses[a], losses[b], f"blocks of {a} have a lower loss than of {b}", noise)
             for a, b in itertools.pairwise(_LENGTHS)
         ]
         mean = [statistics.mean(losses[length]) for length in _LENGTHS]
         correlation = float(np.corrcoef(np.log2(_LENGTHS), mean)[0, 1])
-        checks += [
+        checks.append(
             holds(
                 correlation > 0.95,
                 "loss rises linearly with the logarithm of the length",
                 f"correlation {correlation:.3f}",
-            ),
-            holds(
-                all(a < b for a, b in itertools.pairwise(rates)),
-                "throughput grows with each doubling",
-                ", ".join(f"{b / a:.2f}x" for a, b in itertools.pairwise(rates)),
-            ),
-            holds(
-                rates[_LENGTHS.index(4)] > speeds["vanilla"],
-                "blocks of 4 decode faster than vanilla",
-                f"{rates[_LENGTHS.index(4)] / speeds['vanilla']:.1f}x",
-            ),
-        ]
-        vanilla = results.values("vanilla")
-        return Found(
-            checks,
-            ["", "loss", "tokens/s"],
-            [
-                [f"blocks of {length}", spread(losses[length]), f"{rate:.0f}"]
-                for length, rate in zip(_LENGTHS, rates, strict=True)
-            ]
-            + [["vanilla", spread(vanilla), f"{speeds['vanilla']:.0f}"]],
-            [
-                Chart(
-                    "block_length_loss",
-                    "Loss by block length",
-                    "tokens in a block",
-                    common.LOSS,
-                    [
-                        Series("block", _LENGTHS, list(losses.values())),
-                        Series("vanilla", [_LENGTHS[0], _LENGTHS[-1]], [vanilla] * 2),
-                    ],
-                    log="x",
-                ),
-                Chart(
-                    "block_length_speed",
-                    common.setting(speed),
-                    "tokens in a block",
-                    "generated tokens per second",
-                    [
-                        Series("block", _LENGTHS, [[rate] for rate in rates]),
-                        Series("vanilla", [_LENGTHS[0], _LENGTHS[-1]], [[speeds["vanilla"]]] * 2),
-                    ],
-                    log="xy",
-                ),
-            ],
+            )
         )
+        charts = [
+            Chart(
+                "block_length_loss",
+                "Loss by block length",
+                "tokens in a block",
+                common.LOSS,
+                [
+                    Series("block", _LENGTHS, list(losses.values())),
+                    Series("vanilla", [_LENGTHS[0], _LENGTHS[-1]], [vanilla] * 2),
+                ],
+                log="x",
+                ticks=_TICKS,
+            )
+        ]
+        rows = [[f"blocks of {length}", spread(losses[length]), ""] for length in _LENGTHS]
+        rows.append(["vanilla", spread(vanilla), ""])
+        if rates := results.rates(speed.name):
+            of_length = [rates[f"length_{length}"] for length in _LENGTHS]
+            checks += _speed_checks(of_length, rates["vanilla"])
+            charts.append(_speed_chart(common.setting(speed), of_length, rates["vanilla"]))
+            for row, rate in zip(rows, [*of_length, rates["vanilla"]], strict=True):
+                row[-1] = f"{rate:.0f}"
+        return Found(checks, ["", "loss", "tokens/s"], rows, charts)
 
     return Study(
         "block_length",
@@ -93,4 +82,31 @@ def study(base: Base) -> Study:
         [*runs.values(), common.vanilla(base)],
         [speed],
         find,
+    )
+
+
+def _speed_checks(rates: list[float], vanilla: float) -> list[Check]:
+    of_4 = rates[_LENGTHS.index(4)]
+    return [
+        holds(
+            all(a < b for a, b in itertools.pairwise(rates)),
+            "throughput grows with each doubling",
+            ", ".join(f"{b / a:.2f}x" for a, b in itertools.pairwise(rates)),
+        ),
+        holds(of_4 > vanilla, "blocks of 4 decode faster than vanilla", f"{of_4 / vanilla:.1f}x"),
+    ]
+
+
+def _speed_chart(setting: str, rates: list[float], vanilla: float) -> Chart:
+    return Chart(
+        "block_length_speed",
+        setting,
+        "tokens in a block",
+        "generated tokens per second",
+        [
+            Series("block", _LENGTHS, [[rate] for rate in rates]),
+            Series("vanilla", [_LENGTHS[0], _LENGTHS[-1]], [[vanilla]] * 2),
+        ],
+        log="xy",
+        ticks=_TICKS,
     )

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from blocktx.config import ModelConfig
-from blocktx.reproduce.scale import Base
+from blocktx.config import ModelConfig, RunConfig
+from blocktx.reproduce.scale import Base, with_steps
 from blocktx.reproduce.study import Chart, Run, Series, Speed
 
 RATIOS = [(5, 1), (2, 1), (1, 1), (1, 2), (1, 5)]  # of layers in block and token decoder
@@ -38,6 +38,16 @@ def allocated(base: Base, ratio: tuple[int, int], length: int) -> Run:
     return Run(name, base.vary(**divided, block_length=length, prefix_length=prefix))
 
 
+def halved(run: Run) -> Run:
+    """The run over half the steps, with a schedule of its own."""
+    return Run(f"{run.name}_half_steps", shortened(run.config, 2))
+
+
+def shortened(config: RunConfig, part: int) -> RunConfig:
+    """The run over 1 / `part` of the steps."""
+    return with_steps(config, config.training.steps // part)
+
+
 def prefix(base: Base, length: int) -> Run:
     """The block run with a prefix of another length."""
     if length == base.block.model.prefix_length:
@@ -59,4 +69,5 @@ def setting(speed: Speed) -> str:
 
 def compared(name: str, title: str, losses: Mapping[str, Sequence[float]]) -> Chart:
     """Losses, a value a seed, side by side."""
-    return Chart(name, title, "", LOSS, [Series("", list(losses), list(losses.values()))])
+    points = Series("", range(len(losses)), list(losses.values()), joined=False)
+    return Chart(name, title, "", LOSS, [points], ticks=dict(enumerate(losses)))

@@ -19,7 +19,12 @@ def study(base: Base) -> Study:
     def find(results: Results) -> Found:
         losses = {"vanilla": results.values(vanilla.name)}
         losses |= {name: results.values(run.name) for name, run in runs.items()}
-        speeds = results.rates(speed.name)
+        steps = {name: results.values(run.name, "steps")[0] for name, run in runs.items()}
+        steps["vanilla"] = results.values(vanilla.name, "steps")[0]
+        rows = [[name, str(steps[name]), spread(losses[name])] for name in models]
+        header, speeds = ["model", "steps", "loss"], results.rates(speed.name)
+        if not speeds:
+            return Found([], header, rows, [])
         as_fast = [name for name in runs if speeds[name] >= speeds["vanilla"]]
         if as_fast:
             best = min(as_fast, key=lambda name: statistics.mean(losses[name]))
@@ -28,29 +33,25 @@ def study(base: Base) -> Study:
         else:
             statement = "a block model is as fast as vanilla"
             checks = [holds(False, statement, "none is")]
+        points = Series(
+            "",
+            [speeds[name] for name in models],
+            [losses[name] for name in models],
+            joined=False,
+            point_labels=list(models),
+        )
         return Found(
             checks,
-            ["model", "steps", "loss", "tokens/s"],
-            [
-                [
-                    name,
-                    str(results.values(runs.get(name, vanilla).name, "steps")[0]),
-                    spread(losses[name]),
-                    f"{speeds[name]:.0f}",
-                ]
-                for name in models
-            ],
+            [*header, "tokens/s"],
+            [[*row, f"{speeds[row[0]]:.0f}"] for row in rows],
             [
                 Chart(
                     "equal_flops",
                     f"Equal training FLOPs; {common.setting(speed)}",
-                    common.LOSS,
                     "generated tokens per second",
-                    [
-                        Series(name, [statistics.mean(losses[name])], [[speeds[name]]])
-                        for name in models
-                    ],
-                    log="y",
+                    common.LOSS,
+                    [points],
+                    log="x",
                 )
             ],
         )

@@ -1,38 +1,44 @@
-"""Finding 5: loss by place in a long context."""
+"""Finding 5: loss by position in a long context."""
 
 import dataclasses
-import itertools
-
-import numpy as np
 
 from blocktx.reproduce.scale import Base
 from blocktx.reproduce.studies import common
-from blocktx.reproduce.study import Chart, Found, Results, Run, Series, Study, lower, spread
+from blocktx.reproduce.study import (
+    Chart,
+    Found,
+    Results,
+    Run,
+    Series,
+    Study,
+    above_zero,
+    spread,
+)
 
 
 def study(base: Base) -> Study:
-    context, width = base.scale.long_context, base.scale.curve_bin
+    context = base.scale.long_context
     config = base.vary(context_length=context)
     times = context // base.block.model.context_length
     rows = max(1, config.training.batch_size // times)  # as many tokens a step
     training = dataclasses.replace(config.training, batch_size=rows, microbatches=1)
-    run = Run("long_context", dataclasses.replace(config, training=training), curve_bin=width)
+    run = Run("long_context", dataclasses.replace(config, training=training))
 
     def find(results: Results) -> Found:
         curves = results.values(run.name, "loss_by_place")
         places = [begin for begin, _ in curves[0]]
         bins = [[loss for _, loss in at] for at in zip(*curves, strict=True)]
-        quarters = [part.mean(0).tolist() for part in np.array_split(np.array(bins), 4)]
-        noise = results.noise()
+        width = places[1] - places[0]
         return Found(
             [
-                lower(
-                    after,
-                    before,
-                    f"quarter {i} of the context has a lower loss than the one before",
-                    noise,
-                )
-                for i, (before, after) in enumerate(itertools.pairwise(quarters), 2)
+                above_zero(
+                    results.values(run.name, "fall"),
+                    "the same tokens cost less in the last quarter of a context than in the second",
+                ),
+                above_zero(
+                    results.values(run.name, "exchange"),
+                    "they cost more if the first half of the context is of another place",
+                ),
             ],
             ["place in the context", "loss"],
             [
@@ -45,14 +51,14 @@ def study(base: Base) -> Study:
                     f"Loss by place in contexts of {context} tokens",
                     "place in the context (tokens)",
                     common.LOSS,
-                    [Series("block", [begin + width / 2 for begin in places], bins)],
+                    [Series("", [begin + width / 2 for begin in places], bins)],
                 )
             ],
         )
 
     return Study(
         "long_context",
-        "5. Loss by place in a long context keeps falling to its end.",
+        "5. Loss by position in a long context keeps falling to its end.",
         [run],
         [],
         find,

@@ -1,0 +1,27 @@
+"""The error for mistakes that only a person can correct."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """A mistake or a damaged file that somebody must look at.
+
+    Raised on purpose, with a message that says what to do. Programs in `launch/` print the message
+    alone and exit with code 1, at which nothing restarts them. Every other exception is a traceback
+    and an exit code at which `launch/restart.sh` and `launch/slurm.sh` try again.
+    """
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a ValueError of the block into a UserError with the same message.
+
+    For code that checks its input and calls nothing that can fail for another reason.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error

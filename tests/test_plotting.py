@@ -1,0 +1,81 @@
+"""The style of plots: ticks, labels and files."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from blocktx import plotting
+
+
+def _tick_labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_files_are_readable_pictures_of_the_stated_size(tmp_path):
+    figure, axes = plotting.new_figure("a $5 title", "x", "y", width=3, height=2)
+    plotting.draw_line(axes, [1, 2], [3.0, 4.0], color=plotting.BLOCK, error=[0.1, 0.2])
+    path = plotting.save(figure, tmp_path / "new" / "plot.png")
+    import matplotlib.image
+
+    image = matplotlib.image.imread(path)
+    assert image.shape[:2] == (240, 360)
+    assert [p.name for p in path.parent.iterdir()] == ["plot.png"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [
+        (1, 1000, ["1", "10", "100", "1,000"]),
+        (20, 300, ["20", "50", "100", "200"]),
+        (4.1, 7.6, ["4.5", "5", "5.5", "6", "6.5", "7", "7.5"]),
+    ],
+)
+def test_logarithmic_axes_have_plain_numbers(low, high, wanted):
+    figure, axes = plotting.new_figure()
+    axes.set(xlim=(low, high), ylim=(low, high))
+    for axis in (axes.xaxis, axes.yaxis):
+        plotting.log_axis(axis)
+    figure.draw_without_rendering()
+    for axis in (axes.xaxis, axes.yaxis):
+        assert _tick_labels(axis) == wanted
+        assert axis.get_scale() == "log"
+
+
+def test_base_2_axes_have_the_values_as_ticks():
+    figure, axes = plotting.new_figure()
+    plotting.draw_line(axes, [1, 2, 8, 2048], [1, 2, 3, 4], color=plotting.GREY)
+    plotting.log2_axis(axes.xaxis, [1, 2, 8, 2048])
+    figure.draw_without_rendering()
+    assert _tick_labels(axes.xaxis) == ["1", "2", "8", "2,048"]
+    assert len(axes.xaxis.get_minorticklocs()) == 0
+
+
+@pytest.mark.parametrize("values", [[1, 1, 1], [1, 1.01, 3, 3.001, 3.002], [5, 1]])
+def test_end_labels_do_not_overlap_and_keep_their_order(values):
+    figure, axes = plotting.new_figure()
+    axes.set(xlim=(0, 1), ylim=(0, 6))
+    plotting.label_ends(axes, [(1, y, f"{y}", "black") for y in values])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b)
+    centres = [(box.y0 + box.y1) / 2 for box in boxes]
+    assert np.argsort(centres, kind="stable").tolist() == np.argsort(values, kind="stable").tolist()
+
+
+def test_a_legend_is_for_two_or_more():
+    _, axes = plotting.new_figure()
+    plotting.draw_line(axes, [1], [1], color=plotting.BLOCK, label="one")
+    plotting.legend(axes)
+    assert axes.get_legend() is None
+    plotting.draw_line(axes, [1], [1], color=plotting.VANILLA, label="other", error=[1])
+    plotting.legend(axes)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "other"]
+
+
+def test_categories_are_not_joined():
+    _, axes = plotting.new_figure()
+    plotting.draw_categories(axes, ["a", "b"], [[1.0, 2.0], [3.0]])
+    assert _tick_labels(axes.xaxis) == ["a", "b"]
+    assert all(len(set(line.get_xdata())) == 1 for line in axes.lines)
