@@ -88,7 +88,10 @@ def _rows(documents: Documents, context: int, block: int) -> np.ndarray:
 def _score(
     model: Model, params: dict[str, Any], tokens_BxLxK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return sums `[3, N-1, K]` of nats, tokens and squared nats, and `[2, 2]` sums of effects and squares."""
+    """Return sums of nats, tokens and squared nats, `[3, N-1, K]`, and moments `[2, 2]`.
+
+    The moments are, for fall and exchange, the sums over rows of the effect and of its square.
+    """
     blocks = model.config.blocks
     half, quarter = blocks // 2, blocks // 4
 
