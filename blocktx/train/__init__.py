@@ -7,7 +7,10 @@ teacher_cache.py  cached probabilities of the teacher
 optimizer.py  optax optimizers and schedules
 step.py       train state and the compiled training step
 start.py      initial or restored train state, checks before training
+run_lock.py   a lock on the run folder
+agreement.py  the start of a run, and agreement of its processes
 loop.py       the training loop
+report.py     the last evaluation and the plot of a run
 progress.py   progress line
 metrics.py    metrics.jsonl and TensorBoard
 loss_plot.py  plots of the loss

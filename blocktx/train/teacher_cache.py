@@ -22,7 +22,7 @@ from tqdm import tqdm
 from blocktx.checkpoint import load_config
 from blocktx.config import RunConfig, UserError, to_dict
 from blocktx.data import Corpus, prepare, training_batches
-from blocktx.files import absolute, run_folder, write_whole
+from blocktx.files import absolute, run_folder, write_atomic
 from blocktx.parallel import HostRows, batch_sharding, create_mesh
 from blocktx.train.distill import top_log_probs
 from blocktx.train.step import check_run
@@ -115,7 +115,7 @@ def write_cache(config: RunConfig, folder: epath.PathLike, top_k: int) -> epath.
     host_rows = HostRows(config.training.batch_size, mesh)
     batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id)
     del key["top_k"]
-    write_whole(folder / _MANIFEST, json.dumps({"key": key, "top_k": top_k}, indent=2) + "\n")
+    write_atomic(folder / _MANIFEST, json.dumps({"key": key, "top_k": top_k}, indent=2) + "\n")
     temperature = config.distill.temperature
     token_dtype = np.uint16 if model.vocab_size <= 2**16 else np.int32
     top = jax.jit(top_log_probs, static_argnums=(3, 4))
@@ -143,7 +143,7 @@ def _write(
         log_probs=log_probs.astype(np.float16),
         checksums=_checksums(batch),
     )
-    write_whole(path, data.getvalue())
+    write_atomic(path, data.getvalue())
 
 
 def _checksums(batch: dict[str, np.ndarray]) -> np.ndarray:
