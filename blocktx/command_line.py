@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 
 from blocktx.config import RunConfig, UserError, from_config_dict, is_storage_full
-from blocktx.parallel import exit_process
+from blocktx.parallel import choose_backend, exit_process
 
 _NO_FUNCTION = "the file has no function get_config()"
 
@@ -57,6 +57,7 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
         for name in required:
             if flags.FLAGS[name].value is None:
                 fail(f"--{name} is missing; see --help")
+        choose_backend()
         try:
             main()
         except KeyboardInterrupt:

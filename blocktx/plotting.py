@@ -135,8 +135,12 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, lift: float = 0
+) -> None:
     """Write labels beside the points `(x, y, text, color)`, moved apart where they would overlap.
+
+    `lift` is the distance in points that they stand above the points.
 
     Call it last: the distances are those of the axes as they are drawn at this moment.
     """
@@ -150,7 +154,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
         axes.annotate(
             plain(text),
             (x, y),
-            xytext=(7, shown - own),
+            xytext=(7, shown - own + lift),
             textcoords="offset points",
             va="center",
             fontsize=_LABEL_SIZE,

@@ -38,6 +38,8 @@ from blocktx.files import FileInfo, file_info, list_files
 
 _HUB, _SYNTHETIC = "hub:", "synthetic:"
 
+_ROW_BYTES = 1000  # a guess at a row of a Hugging Face dataset
+
 Document = str | Iterable[str] | np.ndarray  # text, a stream of text, or tokens
 
 
@@ -157,10 +159,9 @@ def list_parts(source: str, part_bytes: int = 1 << 62) -> list[Part]:
     if source.startswith(_SYNTHETIC):
         tokens = _count(source)
         chunks = -(-tokens // megatron.SYNTHETIC_CHUNK)
-        return _cut("synthetic", source, [2 * megatron.SYNTHETIC_CHUNK] * chunks, part_bytes)
+        return _cut_evenly("synthetic", source, chunks, 2 * megatron.SYNTHETIC_CHUNK, part_bytes)
     if _is_dataset(source):
-        rows = tables.hub_rows(source)
-        return _cut("hub", source, [1000] * rows, part_bytes)
+        return _cut_evenly("hub", source, tables.hub_rows(source), _ROW_BYTES, part_bytes)
     return [part for file in source_files(source) for part in _file_parts(file, part_bytes)]
 
 
@@ -170,8 +171,10 @@ def fingerprint(source: str) -> dict[str, Any]:
     Raises:
       FileNotFoundError, UserError: as `read_documents`, before any file is read.
     """
-    if source.startswith((_SYNTHETIC, _HUB)):
+    if source.startswith(_SYNTHETIC):
         return {"source": source}
+    if source.startswith(_HUB):
+        return {"source": source, "version": tables.hub_fingerprint(source)}
     if _is_dataset(source):
         files = list(list_files(epath.Path(source).expanduser(), ("",)))
     else:
@@ -209,15 +212,22 @@ def _is_dataset(source: str) -> bool:
     return any((folder / name).exists() for name in names)
 
 
-def _cut(kind: str, path: str, sizes: list[int], part_bytes: int) -> list[Part]:
-    """Return parts of consecutive items, each of about `part_bytes`."""
-    parts, begin, size = [], 0, 0
-    for i, item in enumerate(sizes):
-        if size and size + item > part_bytes:
-            parts.append(Part(kind, path, begin, i, size))
-            begin, size = i, 0
-        size += item
-    return [*parts, Part(kind, path, begin, len(sizes), size)]
+def _cut(kind: str, path: str, ends: np.ndarray, part_bytes: int) -> list[Part]:
+    """Return parts of consecutive items, each of about `part_bytes`; `ends` are in bytes."""
+    parts, begin, start = [], 0, 0
+    while begin < len(ends):
+        end = int(np.searchsorted(ends, start + part_bytes, side="right"))
+        end = max(begin + 1, end)
+        parts.append(Part(kind, path, begin, end, int(ends[end - 1]) - start))
+        begin, start = end, int(ends[end - 1])
+    return parts
+
+
+def _cut_evenly(kind: str, path: str, count: int, size: int, part_bytes: int) -> list[Part]:
+    """Return parts of consecutive items of `size` bytes each."""
+    step = max(1, part_bytes // size)
+    bounds = [*range(0, count, step), count]
+    return [Part(kind, path, a, b, (b - a) * size) for a, b in itertools.pairwise(bounds)]
 
 
 def _file_parts(file: FileInfo, part_bytes: int) -> list[Part]:
@@ -228,17 +238,15 @@ def _file_parts(file: FileInfo, part_bytes: int) -> list[Part]:
         index = megatron.read_index(prefix)
         if file_info(f"{prefix}.bin").size <= 1.5 * part_bytes:
             return [Part("megatron", prefix, 0, len(index), file_info(f"{prefix}.bin").size)]
-        sizes = np.concatenate([[0], np.cumsum(index.sizes, dtype=np.int64)])[index.documents]
-        return _cut(
-            "megatron", prefix, (np.diff(sizes) * index.dtype.itemsize).tolist(), part_bytes
-        )
+        ends = np.concatenate([[0], np.cumsum(index.sizes, dtype=np.int64)])[index.documents[1:]]
+        return _cut("megatron", prefix, ends * index.dtype.itemsize, part_bytes)
     if name.endswith(PARQUET_SUFFIXES):
         if large:
-            return _cut("parquet", path, tables.parquet_row_groups(path), part_bytes)
+            return _cut("parquet", path, np.cumsum(tables.parquet_row_groups(path)), part_bytes)
         return [Part("parquet", path, size=file.size)]
     if name.endswith(ARRAY_RECORD_SUFFIXES):
         if large and (count := tables.array_record_count(path)):
-            return _cut("array_record", path, [file.size // count] * count, part_bytes)
+            return _cut_evenly("array_record", path, count, -(-file.size // count), part_bytes)
         return [Part("array_record", path, size=file.size)]
     if name.removesuffix(".gz").removesuffix(".zst").endswith(JSON_LINES_SUFFIXES):
         if large and name.endswith(JSON_LINES_SUFFIXES):

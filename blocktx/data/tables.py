@@ -216,6 +216,11 @@ def hub_rows(source: str) -> int:
     return len(_hub_dataset(source))
 
 
+def hub_fingerprint(source: str) -> str:
+    """Return what `datasets` tells versions of a dataset by."""
+    return _hub_dataset(source)._fingerprint
+
+
 def read_hub(
     source: str, text_field: str, begin: int = 0, end: int | None = None
 ) -> Iterator[str | BadDocument]:

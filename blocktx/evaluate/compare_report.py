@@ -84,7 +84,7 @@ def plot_report(report: Report, bin_tokens: int, path: str | os.PathLike[str]) -
     speed.set_title("decoding, prefill included")
     plotting.log2_axis(speed.xaxis, sizes)
     plotting.log_axis(speed.yaxis)
-    figure.suptitle(f"{report.names[0]} beside {report.names[1]} (bars: 95% of the mean)")
+    figure.suptitle(f"{report.names[0]} beside {report.names[1]} (bars: 95% confidence)")
     return plotting.save(figure, path)
 
 

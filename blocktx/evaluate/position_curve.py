@@ -88,7 +88,7 @@ def plot_losses(
     draw_by_position(by_position, runs)
     draw_by_place(by_place, runs, bin_tokens)
     plotting.legend(by_place)
-    figure.suptitle(plotting.plain(f"{title} (bars: 95% of the mean)".lstrip()), fontsize=11)
+    figure.suptitle(plotting.plain(f"{title} (bars: 95% confidence)".lstrip()), fontsize=11)
     return plotting.save(figure, path)
 
 

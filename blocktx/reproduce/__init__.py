@@ -9,3 +9,25 @@ context_use.py  how much of a context a model uses
 charts.py       pictures
 report.py       results.json and the page
 """
+
+from blocktx.reproduce.report import RESULTS, read_results, write_report, write_results
+from blocktx.reproduce.runner import collect, read_run, read_speed, run_all
+from blocktx.reproduce.scale import SCALES, Base
+from blocktx.reproduce.studies import STUDIES
+from blocktx.reproduce.study import Results, Study
+
+__all__ = [
+    "RESULTS",
+    "SCALES",
+    "STUDIES",
+    "Base",
+    "Results",
+    "Study",
+    "collect",
+    "read_results",
+    "read_run",
+    "read_speed",
+    "run_all",
+    "write_report",
+    "write_results",
+]

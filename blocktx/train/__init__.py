@@ -23,11 +23,12 @@ from blocktx.train.loss_plot import plot_runs
 from blocktx.train.metrics import read
 from blocktx.train.step import TrainState, abstract_batch, abstract_state, check_run, train_step
 from blocktx.train.teacher import abstract_teacher
-from blocktx.train.teacher_cache import write_cache
+from blocktx.train.teacher_cache import abstract_cache, write_cache
 
 __all__ = [
     "TrainState",
     "abstract_batch",
+    "abstract_cache",
     "abstract_state",
     "abstract_teacher",
     "check_run",

@@ -10,6 +10,7 @@ from blocktx.config import LossConfig, UserError
 from blocktx.model import (
     BlockTransformer,
     Model,
+    classifier_kernel,
     loss_by_position,
     loss_mask,
     masked_cross_entropy,
@@ -48,7 +49,7 @@ def training_sums(
     """
     if config.weights and model.config.kind == "vanilla":
         raise UserError(f"loss: {', '.join(config.weights)} is for block models only; turn it off")
-    fused = model.config.platform == "tpu"
+    fused = model.formulations.loss == "fused"
     if not config.weights and not fused:
         return {"loss": loss_by_position(model, params, tokens_BxNxK, mask_BxNxK)[0].sum()}
     mask_BxNxK = mask_BxNxK.astype(bool)
@@ -57,7 +58,7 @@ def training_sums(
         hidden_BxTxD = model.apply(
             {"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0], method="hidden"
         )
-        classifier = params["classifier"]
+        classifier = classifier_kernel(model.config, params)
         return {
             "loss": _fused_nats(
                 model, classifier, hidden_BxTxD[:, :, None], tokens_BxNxK, scored_BxMxK
@@ -72,7 +73,7 @@ def training_sums(
                     jnp.roll(x, -1, axis=1) for x in (tokens_BxNxK, mask_BxNxK)
                 )
                 hidden_BxNxKxE = net.hidden_blocks(contexts_BxNxnD, next_BxNxK, real_BxNxK)
-                classifier = params["token_decoder"]["classifier"]
+                classifier = classifier_kernel(model.config, params)
                 return _fused_nats(model, classifier, hidden_BxNxKxE, tokens_BxNxK, scored_BxMxK)
             logits = net.decode_blocks(contexts_BxMxnD, tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:])
             return masked_cross_entropy(logits, tokens_BxNxK, scored_BxMxK).sum()
@@ -105,7 +106,7 @@ def training_counts(mask_BxNxK: jax.Array, config: LossConfig) -> dict[str, jax.
 
 def _fused_nats(
     model: Model,
-    classifier: dict[str, Any],
+    classifier_ExV: jax.Array,
     hidden_BxNxKxE: jax.Array,
     tokens_BxNxK: jax.Array,
     scored_BxMxK: jax.Array,
@@ -113,7 +114,7 @@ def _fused_nats(
     """Return the cross entropy of N - 1 blocks from the hidden states of N; the last is unused."""
     return cross_entropy_sum(
         hidden_BxNxKxE.astype(model.config.compute_dtype),
-        classifier["kernel"],
+        classifier_ExV,
         jnp.roll(tokens_BxNxK, -1, axis=1),
         jnp.pad(scored_BxMxK, ((0, 0), (0, 1), (0, 0))),
     )
