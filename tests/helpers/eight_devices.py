@@ -264,6 +264,53 @@ def train(workdir: str, *settings: str) -> None:
         run_training(now, workdir, resume=True)
 
 
+def distillation() -> dict[str, list[float]]:
+    """Return losses of distillation steps in two stages, on meshes and on one device."""
+    import jax
+    import numpy as np
+
+    from blocktx.config.distill import DistillConfig, StageConfig
+    from blocktx.config.run import MeshConfig, OptimizerConfig, RunConfig, TrainingConfig
+    from blocktx.model.build import abstract_params, build
+    from blocktx.parallel.sharding import batch_sharding, create_mesh
+    from blocktx.train import distill
+    from blocktx.train.step import create_state, train_step
+    from tests.helpers.random_weights import random_params
+
+    distill._TOKENS = 32  # several slices
+    model, source = build(_model("block")), build(_model("vanilla"))
+    params = random_params(source, 0.1)
+    frozen = StageConfig(steps=2, hidden_weight=1.0, multipliers=((".*/stack/layers/.*", 0.0),))
+
+    def follow(mesh_config: MeshConfig, devices: list[jax.Device]) -> list[float]:
+        config = RunConfig(
+            model=_model("block"),
+            optimizer=OptimizerConfig(learning_rate=3e-3),
+            training=TrainingConfig(batch_size=16, steps=4, microbatches=2),
+            mesh=mesh_config,
+            distill=DistillConfig(teacher="teacher", stages=(frozen, StageConfig())),
+        )
+        mesh = create_mesh(mesh_config, devices)
+        places = abstract_params(_model("vanilla"), mesh)
+        placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, places)
+        teacher = distill.Teacher(placed, source)
+        rng, found = np.random.default_rng(0), []
+        with jax.set_mesh(mesh):
+            state = create_state(config, model)
+            for step in range(4):
+                shape = (16, model.config.blocks, model.config.block_length)
+                tokens = rng.integers(0, 64, shape, np.int32)
+                batch = {"tokens": tokens, "mask": rng.random(shape) > 0.2}
+                batch = jax.device_put(batch, batch_sharding(mesh))
+                stage = config.distill.stage_at(step)
+                state, metrics = train_step(state, batch, config, model, teacher, stage)
+                found += [float(x) for name, x in metrics.items() if name.endswith("loss")]
+        return found
+
+    found = {name: follow(MeshConfig(**MESHES[name]), jax.devices()) for name in ("fsdp", "mixed")}
+    return found | {"one device": follow(MeshConfig(), jax.devices()[:1])}
+
+
 def text_sums() -> list:
     """`text_sums` of the texts and the block model of `test_position_curve`."""
     import jax
