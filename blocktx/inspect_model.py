@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blocktx import plotting
-from blocktx.config import BlockConfig
-from blocktx.model import BlockTransformer, Model, recorded_attention, unstack_layers
+from blocktx.config import BlockConfig, Formulations
+from blocktx.model import BlockTransformer, Model, build, record_attention, unstack_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,9 +181,11 @@ def _require_block_model(model: Model) -> None:
 
 def _separate(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
     """Return the same model with plain formulations and one subtree per layer."""
-    config = dataclasses.replace(model.config, scan_layers=False, remat="none", platform="cpu")
+    config = dataclasses.replace(
+        model.config, scan_layers=False, remat="none", platform="cpu", formulations=Formulations()
+    )
     params = unstack_layers(params) if model.config.scan_layers else params
-    return model.clone(config=config), params
+    return build(config), params
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -198,7 +200,7 @@ def _contexts(
             embeddings_NxnxD = net.embed_blocks(tokens_NxK[None], mask_NxK[None])[0]
         else:
             decoder, embeddings_NxnxD = net.decoder, net.embed(tokens_NxK)
-        return recorded_attention(lambda: decoder(embeddings_NxnxD, mask_NxK.any(-1)))
+        return record_attention(lambda: decoder(embeddings_NxnxD, mask_NxK.any(-1)))
 
     return model.apply({"params": params}, method=run)
 
@@ -212,7 +214,7 @@ def _token_attention(
     mask_NxK: jax.Array,
 ) -> jax.Array:
     def run(net: BlockTransformer, *block: jax.Array) -> jax.Array:
-        return recorded_attention(lambda: net.token_decoder(*block))[1]
+        return record_attention(lambda: net.token_decoder(*block))[1]
 
     def one_block(*block: jax.Array) -> jax.Array:
         return model.apply({"params": params}, *block, method=run)

@@ -2,6 +2,8 @@
 
 errors.py      the error for mistakes that only a person can correct
 fields.py      checks that every config class applies to its fields
+stack.py       frozen dataclasses of a stack of layers
+formulations.py  how operations are computed on a backend
 model.py       frozen dataclasses of a model
 distill.py     frozen dataclasses of distillation
 run.py         frozen dataclasses of a run
@@ -13,12 +15,12 @@ from blocktx.config.conversion import from_config_dict, to_config_dict, to_dict
 from blocktx.config.distill import DistillConfig, Multipliers, StageConfig
 from blocktx.config.errors import UserError, is_storage_full, user_errors
 from blocktx.config.fields import FieldError, check_fields, divisors
+from blocktx.config.formulations import Formulations
 from blocktx.config.model import (
     BlockConfig,
     EmbedderConfig,
     EncoderConfig,
     ModelConfig,
-    StackConfig,
     VanillaConfig,
 )
 from blocktx.config.run import (
@@ -30,6 +32,7 @@ from blocktx.config.run import (
     TrainingConfig,
 )
 from blocktx.config.saved import FORMAT_VERSION, from_saved, portable, to_saved
+from blocktx.config.stack import RotaryScaling, StackConfig
 
 __all__ = [
     "FORMAT_VERSION",
@@ -39,11 +42,13 @@ __all__ = [
     "EmbedderConfig",
     "EncoderConfig",
     "FieldError",
+    "Formulations",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
     "Multipliers",
     "OptimizerConfig",
+    "RotaryScaling",
     "RunConfig",
     "StackConfig",
     "StageConfig",

@@ -10,65 +10,15 @@ from blocktx.config.fields import (
     positive,
     require,
 )
+from blocktx.config.formulations import AUTO, Formulations
+from blocktx.config.stack import StackConfig, heads_divide
 
 Dtype = Literal["float32", "bfloat16"]
 
 
-def _heads_divide(config: "StackConfig | EncoderConfig") -> None:
-    require(
-        config.width % config.heads == 0,
-        "heads",
-        f"{config.heads} does not divide width {config.width}; use one of "
-        f"{divisors(config.width, config.heads)}",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class StackConfig:
-    """A stack of GPT-NeoX layers (the backbone of Pythia and the paper)."""
-
-    layers: int
-    width: int
-    heads: int
-    mlp_width: int | None = None  # None: 4 * width
-    rotary_fraction: float = 0.25  # the share of each head that is rotated
-    rotary_base: float = 10_000.0
-
-    def __post_init__(self):
-        check_fields(self)
-        positive(self, "layers", "width", "heads", "rotary_base")
-        if self.mlp_width is not None:
-            positive(self, "mlp_width")
-        _heads_divide(self)
-        require(
-            0 <= self.rotary_fraction <= 1,
-            "rotary_fraction",
-            f"got {self.rotary_fraction}, must be between 0 and 1",
-        )
-        require(
-            self.rotary_dims % 2 == 0,
-            "rotary_fraction",
-            f"{self.rotary_fraction} of head size {self.head_size} is {self.rotary_dims} rotated "
-            "dimensions, which must be an even number; use 0.25, 0.5 or 1.0 of a head size that is "
-            "a multiple of 8",
-        )
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def mlp_size(self) -> int:
-        return 4 * self.width if self.mlp_width is None else self.mlp_width
-
-    @property
-    def rotary_dims(self) -> int:
-        return int(self.head_size * self.rotary_fraction)
-
-
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The small bidirectional encoder in front of `encoder` and `cls` embedders (RoBERTa)."""
+    """The bidirectional encoder of `encoder` and `cls` embedders (RoBERTa)."""
 
     layers: int = 3
     width: int = 256
@@ -85,7 +35,7 @@ class EncoderConfig:
         for field in ("mlp_width", "positions"):
             if getattr(self, field) is not None:
                 positive(self, field)
-        _heads_divide(self)
+        heads_divide(self)
 
     @property
     def mlp_size(self) -> int:
@@ -127,19 +77,32 @@ class EmbedderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ModelConfig:
-    """What block and vanilla models share."""
+    """The fields of both kinds of models.
+
+    Attributes:
+      vocab_size: rows of the tables.
+      context_length: tokens.
+      initializer_range: standard deviation of new weights.
+      tied_classifier: the classifier is the (token decoder's) embedding table, transposed.
+      param_dtype, compute_dtype: of the parameters, and of matrix products and activations.
+      scan_layers: parameters stacked over layers, for a scan; False: one subtree a layer.
+      remat: activations recomputed for the gradient. none; full: all; dots: all but the outputs of
+        matrix products; offload: as dots, these saved in the host's memory.
+      platform: the backend whose formulations are used; auto: `jax.default_backend()`.
+      formulations: formulations chosen by hand.
+    """
 
     vocab_size: int
-    context_length: int  # tokens
-    initializer_range: float = 0.02  # standard deviation of new weights
-    # Execution: the same function, at another speed, in other memory, to other rounding.
+    context_length: int
+    initializer_range: float = 0.02
+    tied_classifier: bool = False
+    # Execution options: they change speed, memory and rounding, not the function.
     param_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
-    scan_layers: bool = True  # parameters stacked under one scan; False: one subtree a layer
-    # What of a layer's activations is computed again for its gradient: nothing, all, all but the
-    # results of its matrix products, or nothing because those are kept in the host's memory.
+    scan_layers: bool = True
     remat: Literal["none", "full", "dots", "offload"] = "none"
-    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # whose formulations; auto: JAX's own
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    formulations: Formulations = AUTO
 
     def __post_init__(self):
         check_fields(self)
@@ -206,13 +169,38 @@ class BlockConfig(_ModelConfig):
             )
 
     @property
+    def positions_before(self) -> int:
+        """Positions of the token decoder before a block's tokens: the prefix, or one BOS token."""
+        return self.prefix_length if self.conditioning == "prefix" else 1
+
+    @property
+    def condition_vectors(self) -> int:
+        """Vectors that a context embedding is expanded to."""
+        return self.prefix_length if self.conditioning == "prefix" else self.block_length
+
+    @property
+    def embedder_rows(self) -> tuple[int, int]:
+        """Number and width of the vectors that the embedder concatenates."""
+        embedder, length = self.embedder, self.block_length
+        if embedder.kind == "lookup":
+            return length, self.context_width // length
+        if embedder.kind == "projection":
+            return length, embedder.width or self.block_decoder.width
+        return embedder.cls_tokens if embedder.kind == "cls" else length, embedder.encoder.width
+
+    @property
+    def embedder_projects(self) -> bool:
+        """Whether the embedder projects the concatenated vectors."""
+        return self.embedder.kind != "lookup" and not self.embedder.concatenate
+
+    @property
     def context_width(self) -> int:
         """Width of all embeddings of a block together."""
         return self.block_decoder.width * self.embeddings_per_block
 
     @property
     def pad_id(self) -> int:
-        """The token that fills blocks where nobody says otherwise: the one the encoder knows."""
+        """The default token that fills blocks: the encoder's, or 0."""
         return self.embedder.encoder.pad_id if self.embedder.kind in ("encoder", "cls") else 0
 
     @property
@@ -229,7 +217,7 @@ class BlockConfig(_ModelConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VanillaConfig(_ModelConfig):
-    """The decoder-only baseline: one stack over tokens, GPT-NeoX."""
+    """The decoder-only baseline: one stack over tokens."""
 
     kind: Literal["vanilla"] = "vanilla"
     decoder: StackConfig

@@ -1,15 +1,17 @@
 """Configurations in files: complete when written, complete or refused when read."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from blocktx.config.conversion import build_config, to_dict
+from blocktx.config.formulations import AUTO
 from blocktx.config.run import RunConfig
 
 FORMAT_VERSION = 2  # 1: without digests, and with the fields of _FORMAT_1 only
 
 # Fields of the model that choose kernels for a backend. A saved config leaves them to its reader.
-_EXECUTION = ("platform",)
+_EXECUTION = {"platform": "auto", "formulations": dataclasses.asdict(AUTO)}
 
 # Fields of each class that a file of format 1 has. Other fields, and other classes, are newer.
 _FORMAT_1 = {
@@ -39,8 +41,7 @@ _ADDED: dict[str, int] = {}
 def to_saved(config: RunConfig) -> dict[str, Any]:
     """Return `config` as nested dicts for JSON, without the choices of this machine."""
     saved = to_dict(config)
-    for name in _EXECUTION:
-        saved["model"][name] = "auto"
+    saved["model"] |= _EXECUTION
     return saved
 
 
@@ -67,9 +68,9 @@ def from_saved(saved: Mapping[str, Any], format_version: int) -> RunConfig:
 
 
 def portable(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the nested dicts of a config with execution choices set to "auto"."""
+    """Return the nested dicts of a config without execution choices."""
     model = saved.get("model") if isinstance(saved, Mapping) else None
     if not isinstance(model, Mapping):
         return saved
-    auto = {name: "auto" for name in _EXECUTION if name in model}
+    auto = {name: value for name, value in _EXECUTION.items() if name in model}
     return {**saved, "model": {**model, **auto}}

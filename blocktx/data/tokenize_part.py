@@ -72,6 +72,7 @@ def tokenize_part(
     text_field: str,
     tokenizer: Tokenizer,
     report: Callable[[Progress], None],
+    skip_bad: int,
 ) -> PartRecord:
     """Write the shards of a part that are not there yet, and its record after each.
 
@@ -82,9 +83,11 @@ def tokenize_part(
       text_field: the field, column or feature that holds the text.
       tokenizer: encodes texts. Tokens are taken as they are.
       report: called after every batch; an exception that it raises ends the work.
+      skip_bad: how many documents that cannot be read are left out, in this part.
 
     Raises:
-      UserError: a source is damaged, or tokens are not ids of the tokenizer.
+      UserError: a source is damaged, more than `skip_bad` documents cannot be read, or tokens are
+        not ids of the tokenizer.
     """
     path = folder / "parts" / f"{number:05d}.json"
     record = PartRecord.load(path)
@@ -116,6 +119,9 @@ def tokenize_part(
         nonlocal reported
         messages = tuple(message for _, message in bad[reported:])
         reported = len(bad)
+        if record.bad_count + len(bad) - recorded > skip_bad:
+            before = record.bad_count + len(bad) - recorded - 1
+            raise UserError(too_many(bad[-1][1] if bad else record.bad_documents[-1], before))
         report(Progress(documents, tokens, text_bytes, messages))
 
     read = record.read
@@ -140,6 +146,12 @@ def tokenize_part(
         if writer is not None:
             writer.close()
     return record
+
+
+def too_many(message: str, before: int) -> str:
+    """Return the message of the error for a bad document, after so many that were skipped."""
+    skipped = f" ({before} were skipped before)" if before else ""
+    return f"{message}{skipped}; correct it, or skip up to N such documents with --skip_bad=N"
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:

@@ -91,7 +91,7 @@ def draw_block(
     def choose(logits_BxV: jax.Array, index: jax.Array | int, end_B: jax.Array):
         place_B = rows.length_B * block_length + index
         given_B, past_B = place_B < rows.begin_B, place_B >= end_B
-        drawn_B = sample(logits_BxV, sampling, place_B - rows.begin_B, model.config.platform)
+        drawn_B = sample(logits_BxV, sampling, place_B - rows.begin_B, model.formulations.sampler)
         token_B = jnp.where(past_B, pad_id, jnp.where(given_B, given_BxK[:, index], drawn_B))
         stopped_B = ~given_B & ~past_B & (token_B[:, None] == sampling.stop_BxX).any(-1)
         scores = None if score is None else score(logits_BxV, token_B)

@@ -19,9 +19,6 @@ from blocktx.decode.sampling import Sampling
 from blocktx.model import CACHE_AXES, Cache, Model
 from blocktx.parallel import axis_parts, constrain
 
-# Per device: enough to keep matrix products busy; the scores of 2048 take 200 MB.
-_PREFILL_POSITIONS = 1024
-
 
 @flax.struct.dataclass
 class DecodeState:
@@ -157,7 +154,8 @@ def fill_cache(
     No logits are computed. The caller masks the slots of blocks of padding.
     """
     rows, blocks, _ = tokens_BxNxK.shape
-    at_once = _rows_at_once(rows, blocks * model.config.embeddings_per_block)
+    positions = blocks * model.config.embeddings_per_block
+    at_once = _rows_at_once(rows, positions, model.formulations.prefill_positions)
 
     def extend(tokens_RxNxK: jax.Array, mask_RxNxK: jax.Array, cache: Cache) -> Cache:
         start_R = jnp.zeros(len(tokens_RxNxK), jnp.int32)
@@ -190,7 +188,7 @@ def fill_cache(
     return jax.lax.fori_loop(0, rows // at_once, fill, cache)
 
 
-def _rows_at_once(rows: int, positions: int) -> int:
-    """Return the largest divisor of `rows` that keeps a device within `_PREFILL_POSITIONS`."""
-    most = max(1, _PREFILL_POSITIONS // positions) * axis_parts("batch")
+def _rows_at_once(rows: int, positions: int, limit: int) -> int:
+    """Return the largest divisor of `rows` that keeps a device within `limit` positions."""
+    most = max(1, limit // positions) * axis_parts("batch")
     return max(r for r in range(1, min(rows, most) + 1) if rows % r == 0)

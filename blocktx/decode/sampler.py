@@ -12,18 +12,20 @@ _CHUNK = 128  # tokens that are summed before the others
 
 
 def sample(
-    logits_BxV: jax.Array, sampling: Sampling, position_B: jax.Array, platform: str
+    logits_BxV: jax.Array, sampling: Sampling, position_B: jax.Array, formulation: str
 ) -> jax.Array:
     """Return a token for each row, int32 `[B]`.
 
     A draw is keyed by the row's seed and `position_B`, the number of tokens that the row has drawn.
     It does not depend on the row's index or on other rows.
 
-    On a CPU, JAX's argmax and categorical each take longer than the classifier, so other
-    formulations of the same choice are used there.
+    `formulation` is that of `Formulations.sampler`. On a CPU, JAX's argmax and categorical each
+    take longer than the classifier, so other formulations of the same choice are used there.
     """
-    cpu = platform == "cpu"
-    argmax, categorical = (_argmax, _categorical) if cpu else (jnp.argmax, jax.random.categorical)
+    chunked = formulation == "chunked"
+    argmax, categorical = (
+        (_argmax, _categorical) if chunked else (jnp.argmax, jax.random.categorical)
+    )
 
     def greedy(logits_BxV: jax.Array) -> jax.Array:
         return jax.vmap(argmax)(logits_BxV).astype(jnp.int32)

@@ -1,9 +1,10 @@
 """What does the model compute, and from which parameters?
 
+sharding.py           logical axis names of parameters
 layers.py             norm, projections, embedding and MLP of a layer
 cache.py              the fixed-shape KV cache
 attention.py          self-attention and cached attention of a layer
-attention_weights.py  attention weights of a forward pass, for inspection
+attention_record.py   attention weights of a run
 stack.py              a stack of layers
 embedder.py           tokens of a block to block embeddings
 block_decoder.py      causal attention over blocks
@@ -16,7 +17,7 @@ loss.py               masked next-token loss by position in the block
 """
 
 from blocktx.model.attention import Attention
-from blocktx.model.attention_weights import recorded_attention
+from blocktx.model.attention_record import record_attention
 from blocktx.model.block_transformer import BlockTransformer
 from blocktx.model.build import Model, abstract_params, build, init_params
 from blocktx.model.cache import CACHE_AXES, Cache
@@ -27,7 +28,7 @@ from blocktx.model.loss import (
     next_logits,
     token_losses,
 )
-from blocktx.model.params import for_decoding, stack_layers, unstack_layers
+from blocktx.model.params import classifier_kernel, for_decoding, stack_layers, unstack_layers
 from blocktx.model.vanilla import Vanilla
 
 __all__ = [
@@ -39,13 +40,14 @@ __all__ = [
     "Vanilla",
     "abstract_params",
     "build",
+    "classifier_kernel",
     "for_decoding",
     "init_params",
     "loss_by_position",
     "loss_mask",
     "masked_cross_entropy",
     "next_logits",
-    "recorded_attention",
+    "record_attention",
     "stack_layers",
     "token_losses",
     "unstack_layers",

@@ -18,7 +18,7 @@ def extend_axes(slot: jax.Array | int) -> tuple[int | None, ...]:
 
 
 class BlockDecoder(nn.Module):
-    """Causal over blocks, each of n embeddings, which see each other (appendix B.2).
+    """Causal attention over blocks of n embeddings, full inside a block (appendix B.2).
 
     The vanilla model is the same over blocks of one token.
     """
@@ -30,9 +30,9 @@ class BlockDecoder(nn.Module):
         self.stack = Stack(self.config, self.stack_config)
 
     def __call__(self, embeddings_NxnxD: jax.Array, real_N: jax.Array) -> jax.Array:
-        """Context embeddings `[N, n * D]` of a whole sequence; entry i is all of block i+1's past.
+        """Return the context embeddings `[N, n * D]` of a sequence; entry i predicts block i+1.
 
-        `real_N` is False for blocks of nothing but padding, which no other block sees.
+        `real_N` is False for blocks of padding, to which no other block attends.
         """
         return self.with_layer(embeddings_NxnxD, real_N, None)[0]
 
@@ -43,7 +43,7 @@ class BlockDecoder(nn.Module):
         blocks, group, width = embeddings_NxnxD.shape
         position_T = jnp.arange(blocks * group)
         mask_TxT = jnp.repeat(real_N, group) & causal_mask(position_T, position_T.size, group)
-        # Padding with nothing real before it sees itself: a query without a key would see them all.
+        # Leading padding attends to itself; a fully masked row would attend to the future.
         alone_Tx1 = ~mask_TxT.any(-1, keepdims=True)
         mask_TxT |= alone_Tx1 & jnp.eye(position_T.size, dtype=bool)
         x_TxD = embeddings_NxnxD.reshape(-1, width)
@@ -58,14 +58,15 @@ class BlockDecoder(nn.Module):
         slot: jax.Array | int,
         seen_S: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
-        """Context embeddings `[N, n * D]` of N more blocks, and the cache with them in it.
+        """Return the context embeddings `[N, n * D]` of N more blocks, and the extended cache.
 
         Args:
           embeddings_NxnxD: inputs.
           start: the position of the first, in blocks.
-          cache: n slots a block; the new ones are written to those of blocks `slot` on.
-          seen_S: bool, a block's slots as one; the written slots that the new blocks see, beside
-            each other in causal order. None: no other, so that the cache need not be read.
+          cache: n slots a block.
+          slot: the first block of the cache to write.
+          seen_S: bool by block of the cache; written blocks that the new ones attend to, besides
+            each other in causal order. None: no others, and the cache is not read.
         """
         blocks, group, width = embeddings_NxnxD.shape
         order_T = jnp.arange(blocks * group)
@@ -80,5 +81,6 @@ class BlockDecoder(nn.Module):
             mask_TxS,
             cache=cache,
             slot=slot * group,
+            fresh=seen_S is None,
         )
         return x_TxD.reshape(blocks, -1), cache

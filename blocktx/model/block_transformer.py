@@ -4,18 +4,21 @@ Shape legend, used in all suffixes and einsum letters:
 
     B batch           N blocks             K tokens in a block     P prefix length
     n embeddings in a block, nD all of them together
-    S cache slots     D block width        E token width           H heads
-    C head size       F MLP width          V vocabulary            T tokens or positions
+    S cache slots     D block width        E token or cache width  H heads
+    G key-value heads R heads for each     C head size             F MLP width
+    V vocabulary      T tokens or positions
 
 Modules below this one are written for one block or one sequence and lifted here with `vmap`: the
 token decoder over batch and blocks, which are independent once their contexts are known, the block
 decoder over the batch.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 
-from blocktx.config import BlockConfig
+from blocktx.config import BlockConfig, Formulations
 from blocktx.model.block_decoder import BlockDecoder, extend_axes
 from blocktx.model.cache import Cache, create_cache
 from blocktx.model.embedder import Embedder
@@ -32,14 +35,16 @@ class BlockTransformer(nn.Module):
     """
 
     config: BlockConfig
+    formulations: Formulations  # resolved, see `build`
 
     def setup(self):
-        self.embedder = Embedder(self.config)
-        self.block_decoder = BlockDecoder(self.config, self.config.block_decoder)
-        self.token_decoder = TokenDecoder(self.config)
+        config = dataclasses.replace(self.config, formulations=self.formulations)
+        self.embedder = Embedder(config)
+        self.block_decoder = BlockDecoder(config, config.block_decoder)
+        self.token_decoder = TokenDecoder(config)
 
     def __call__(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
-        """Float32 logits `[B, N-1, K, V]`; entry j predicts block j+1 from blocks 0..j.
+        """Return float32 logits `[B, N-1, K, V]`; entry j predicts block j+1 from blocks 0..j.
 
         `mask_BxNxK` is 1 for real tokens. Positions count padding.
         """
@@ -49,11 +54,11 @@ class BlockTransformer(nn.Module):
         return self.decode_blocks(context_BxNxnD[:, :-1], tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:])
 
     def contexts(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
-        """Context embeddings `[B, N, n * D]`; entry i is all that block i+1 will know of 0..i."""
+        """Return context embeddings `[B, N, n * D]`; entry i is computed from blocks 0..i."""
         return self.decode_embeddings(self.embed_blocks(tokens_BxNxK, mask_BxNxK), mask_BxNxK)
 
     def decode_embeddings(self, embeddings_BxNxnxD: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
-        """Context embeddings `[B, N, n * D]` from input block embeddings."""
+        """Return context embeddings `[B, N, n * D]` from input block embeddings."""
         real_BxN = mask_BxNxK.astype(bool).any(-1)
         decode = over_batch(BlockDecoder.__call__)
         return decode(self.block_decoder, embeddings_BxNxnxD, real_BxN)
@@ -61,24 +66,24 @@ class BlockTransformer(nn.Module):
     def decode_blocks(
         self, context_BxNxnD: jax.Array, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
     ) -> jax.Array:
-        """Float32 logits `[B, N, K, V]` of blocks, each block from a context embedding."""
+        """Return float32 logits `[B, N, K, V]` of blocks, each from a context embedding."""
         decode = over_batch(over_blocks(TokenDecoder.__call__))
         return decode(self.token_decoder, context_BxNxnD, tokens_BxNxK, mask_BxNxK.astype(bool))
 
     def hidden_blocks(
         self, context_BxNxnD: jax.Array, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
     ) -> jax.Array:
-        """What the classifier makes the logits of `decode_blocks` from: float32 `[B, N, K, E]`."""
+        """Return the hidden states of `decode_blocks` before the classifier, float32."""
         decode = over_batch(over_blocks(TokenDecoder.hidden))
         return decode(self.token_decoder, context_BxNxnD, tokens_BxNxK, mask_BxNxK.astype(bool))
 
     def embed_blocks(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
-        """Input block embeddings `[B, N, n, D]`."""
+        """Return input block embeddings `[B, N, n, D]`."""
         embed = over_batch(over_blocks(Embedder.__call__))
         return embed(self.embedder, tokens_BxNxK, mask_BxNxK.astype(bool))
 
     def create_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache for up to `slots` blocks a row."""
+        """Return an empty cache for up to `slots` blocks a row."""
         slots *= self.config.embeddings_per_block
         return create_cache(self.config.block_decoder, batch, slots, self.config.compute_dtype)
 
@@ -107,13 +112,12 @@ class BlockTransformer(nn.Module):
         )
 
     def create_token_cache(self, batch: int) -> Cache:
-        """An empty cache for what stands before a block and all its tokens but the last."""
-        before = self.config.prefix_length if self.config.conditioning == "prefix" else 1
-        slots = before + self.config.block_length - 1
+        """Return an empty cache for one block: what is before it and all tokens but the last."""
+        slots = self.config.positions_before + self.config.block_length - 1
         return create_cache(self.config.token_decoder, batch, slots, self.config.compute_dtype)
 
     def start_block(self, context_BxnD: jax.Array, cache: Cache) -> tuple[jax.Array, TokenCache]:
-        """Logits `[B, V]` of the first token of the block after `context_BxnD`, and its cache."""
+        """Return logits `[B, V]` of the first token after a context, and the block's cache."""
         return over_batch(TokenDecoder.start)(self.token_decoder, context_BxnD, cache)
 
     def step_token(

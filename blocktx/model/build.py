@@ -1,6 +1,5 @@
 """Models from their configuration, and their parameters."""
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -10,23 +9,31 @@ from jax.sharding import AbstractMesh, Mesh, Sharding
 
 from blocktx.config import ModelConfig
 from blocktx.model.block_transformer import BlockTransformer
+from blocktx.model.sharding import shardings
 from blocktx.model.vanilla import Vanilla
-from blocktx.parallel import shardings
 
 Model = BlockTransformer | Vanilla
 
 
 def build(config: ModelConfig) -> Model:
-    """The module that `config` describes, its `platform` settled."""
-    if config.platform == "auto":
-        config = dataclasses.replace(config, platform=jax.default_backend())
-    return BlockTransformer(config) if config.kind == "block" else Vanilla(config)
+    """Return the module that `config` describes.
+
+    Its `formulations` are those of the backend, but for the ones chosen by hand. Its `config` is
+    `config`.
+    """
+    platform = jax.default_backend() if config.platform == "auto" else config.platform
+    formulations = config.formulations.resolved(platform)
+    cls = BlockTransformer if config.kind == "block" else Vanilla
+    return cls(config, formulations)
 
 
 def abstract_params(config: ModelConfig, place: Mesh | AbstractMesh | Sharding) -> dict[str, Any]:
-    """The parameters of a model as ShapeDtypeStructs, over a mesh by `blocktx.parallel`'s rules.
+    """Return the parameters of a model as ShapeDtypeStructs with shardings.
 
-    A sharding in place of a mesh is that of all of them.
+    Args:
+      config: of the model.
+      place: a mesh, over which they are sharded by the rules of `blocktx.parallel`, or a sharding
+        for all of them.
     """
     model = build(config)
     boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
@@ -43,12 +50,12 @@ def abstract_params(config: ModelConfig, place: Mesh | AbstractMesh | Sharding) 
 
 
 def init_params(model: Model, key: jax.Array) -> dict[str, Any]:
-    """New parameters as nested dicts of arrays: normal weights, zero biases, unit norm scales."""
+    """Return new parameters, nested dicts: normal weights, zero biases, unit norm scales."""
     return nn.meta.unbox(_init(model, key))
 
 
 def _init(model: Model, key: jax.Array) -> dict[str, Any]:
-    """Those, each in a box with the names of its axes."""
+    """Return parameters boxed with the names of their axes."""
     shape = (1, 2, model.config.block_length) if model.config.kind == "block" else (1, 2)
     tokens = jnp.zeros(shape, jnp.int32)
     return model.init(key, tokens, tokens)["params"]

@@ -1,10 +1,10 @@
 """Key-value caches: zero-filled buffers of fixed shape, written in place.
 
-A cache is one `LayerCache` a layer, in a tuple. The layers see one sequence; across a batch the
-buffers carry a leading axis. What the slots hold is not kept here: the caller passes the slot that
-a write begins at, and masks out what a query may not see. All rows of a batch are written at the
-same slot, however many positions each has before it: a slot of its own for each row would make the
-write a scatter, which a TPU does row after row.
+A cache is a tuple of one `LayerCache` a layer, with a leading batch axis. It stores key-value heads
+only, side by side. It does not record which slots are in use: the caller passes the first slot of
+each write, and masks. All rows of a batch are written at the same slot, although they have
+different numbers of positions: a slot for each row would make the write a scatter, which a TPU does
+row by row.
 """
 
 import flax.struct
@@ -19,65 +19,64 @@ CACHE_AXES = ("batch", "positions", "heads")  # whole heads, side by side
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of one layer for one sequence, all heads side by side."""
+    """Keys and values `[S, G * C]` of one layer for one sequence."""
 
-    k_SxD: jax.Array
-    v_SxD: jax.Array
+    k_SxE: jax.Array
+    v_SxE: jax.Array
 
-    def write(self, k_TxD: jax.Array, v_TxD: jax.Array, slot: jax.Array | int) -> "LayerCache":
-        """Keys and values of T positions put at slots `slot` to `slot + T - 1`.
+    def write(self, k_TxE: jax.Array, v_TxE: jax.Array, slot: jax.Array | int) -> "LayerCache":
+        """Return the cache with T positions written to slots `slot` to `slot + T - 1`.
 
-        The caller guarantees that they fit: XLA would move a write that does not.
+        The caller ensures that they fit: XLA clamps the slot of a write that does not.
         """
 
-        def put(buffer_SxD: jax.Array, new_TxD: jax.Array) -> jax.Array:
-            new_TxD = constrain(new_TxD.astype(buffer_SxD.dtype), "positions", "heads")
-            written_SxD = _put(buffer_SxD, new_TxD, jnp.asarray(slot))
-            return constrain(written_SxD, "positions", "heads")
+        def put(buffer_SxE: jax.Array, new_TxE: jax.Array) -> jax.Array:
+            new_TxE = constrain(new_TxE.astype(buffer_SxE.dtype), "positions", "heads")
+            written_SxE = _put(buffer_SxE, new_TxE, jnp.asarray(slot))
+            return constrain(written_SxE, "positions", "heads")
 
-        return LayerCache(put(self.k_SxD, k_TxD), put(self.v_SxD, v_TxD))
+        return LayerCache(put(self.k_SxE, k_TxE), put(self.v_SxE, v_TxE))
 
 
 @jax.custom_batching.custom_vmap
-def _put(buffer_SxD: jax.Array, new_TxD: jax.Array, slot: jax.Array) -> jax.Array:
-    """Of any batch, all rows at the same slot.
+def _put(buffer_SxE: jax.Array, new_TxE: jax.Array, slot: jax.Array) -> jax.Array:
+    """Write all rows of a batch at the same slot.
 
-    JAX's rule for a batch makes a scatter of it, even though the slot is one: XLA then copies the
-    whole cache to another layout and back. Where rows have slots of their own, it is one.
+    JAX batches a dynamic slot to a scatter even if the slot is not batched. XLA then copies the
+    whole cache to another layout and back. If rows have slots of their own, it is a scatter.
     """
-    return _update(buffer_SxD, new_TxD, slot)
+    return _update(buffer_SxE, new_TxE, slot)
 
 
-def _update(buffer_SxD: jax.Array, new_TxD: jax.Array, slot: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer_SxD, new_TxD, slot, axis=-2)
+def _update(buffer_SxE: jax.Array, new_TxE: jax.Array, slot: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(buffer_SxE, new_TxE, slot, axis=-2)
 
 
 @_put.def_vmap
-def _put_in_batch(axis_size, in_batched, buffer_BxSxD, new_BxTxD, slot):
-    buffer_BxSxD, new_BxTxD = (
+def _put_in_batch(axis_size, in_batched, buffer_BxSxE, new_BxTxE, slot):
+    buffer_BxSxE, new_BxTxE = (
         x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-        for x, batched in zip((buffer_BxSxD, new_BxTxD), in_batched, strict=False)
+        for x, batched in zip((buffer_BxSxE, new_BxTxE), in_batched, strict=False)
     )
     put = jax.vmap(_update) if in_batched[2] else _put
-    return put(buffer_BxSxD, new_BxTxD, slot), True
+    return put(buffer_BxSxE, new_BxTxE, slot), True
 
 
 Cache = tuple[LayerCache, ...]
 
 
 def create_cache(stack: StackConfig, batch: int, slots: int, dtype: str) -> Cache:
-    """An empty cache of `slots` positions for each of `batch` sequences: `[batch, S, D]`."""
+    """Return an empty cache `[batch, S, G * C]` of `slots` positions a sequence."""
 
     def empty() -> jax.Array:
-        return constrain(jnp.zeros((batch, slots, stack.width), dtype), *CACHE_AXES)
+        return constrain(jnp.zeros((batch, slots, stack.kv_width), dtype), *CACHE_AXES)
 
     return tuple(LayerCache(empty(), empty()) for _ in range(stack.layers))
 
 
 def causal_mask(position_T: jax.Array, slots: int, group: int = 1) -> jax.Array:
-    """`[T, S]` bool: the slots that a query at each position may see.
+    """Return `[T, S]` bool, True for slots up to each position.
 
-    They are its own and all before; of positions in groups (the embeddings of one block), also the
-    others of its own group.
+    Positions in groups (the embeddings of one block) also attend to later ones of their group.
     """
     return jnp.arange(slots) < (position_T[:, None] // group + 1) * group

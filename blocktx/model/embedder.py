@@ -1,11 +1,11 @@
-"""The tokens of one block -> its input block embeddings."""
+"""The embedder: from the tokens of one block to its input block embeddings."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from blocktx.config import BlockConfig
-from blocktx.model.layers import MLP, embedding, layer_norm, linear
+from blocktx.model.layers import MLP, Norm, embedding, linear
 from blocktx.ops import attend
 
 
@@ -23,9 +23,9 @@ class EncoderLayer(nn.Module):
         mask_TxT = jnp.broadcast_to(real_T, (real_T.size, real_T.size))
         attended_TxHxC = attend(qkv[:, 0], qkv[:, 1], qkv[:, 2], mask_TxT)
         out = linear(self.config, encoder.width, axis=(-2, -1), name="out", axes=(*heads, "width"))
-        x_TxD = layer_norm(self.config, name="attention_norm")(x_TxD + out(attended_TxHxC))
+        x_TxD = Norm(self.config, name="attention_norm")(x_TxD + out(attended_TxHxC))
         mlp = MLP(self.config, encoder.mlp_size, name="mlp")
-        return layer_norm(self.config, name="mlp_norm")(x_TxD + mlp(x_TxD))
+        return Norm(self.config, name="mlp_norm")(x_TxD + mlp(x_TxD))
 
 
 class Encoder(nn.Module):
@@ -35,10 +35,10 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_T: jax.Array, real_T: jax.Array) -> jax.Array:
-        """Outputs `[T, width]`; tokens where `real_T` is False are not attended to.
+        """Return `[T, width]`. Tokens where `real_T` is False are not attended to.
 
-        Positions count from `pad_id + 1`, over the tokens other than `pad_id`, which are all at
-        position `pad_id`: so RoBERTa has it.
+        As in RoBERTa, positions count from `pad_id + 1` over the tokens other than `pad_id`, and
+        these are at position `pad_id`.
         """
         config, encoder = self.config, self.config.embedder.encoder
         counted_T = tokens_T != encoder.pad_id
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
             )
             + embedding(config, encoder.width, rows=1, name="type")(jnp.zeros_like(tokens_T))
         )
-        x_TxD = layer_norm(config, name="embedding_norm")(x_TxD)
+        x_TxD = Norm(config, name="embedding_norm")(x_TxD)
         for i in range(encoder.layers):
             x_TxD = EncoderLayer(config, name=f"layer_{i}")(x_TxD, real_T)
         return x_TxD
@@ -59,35 +59,25 @@ class Encoder(nn.Module):
 class Embedder(nn.Module):
     """All kinds of `EmbedderConfig`.
 
-    To the lookup and projection embedders padding is content: a padding token contributes its row.
+    The lookup and projection embedders treat padding as content: it contributes its row.
     """
 
     config: BlockConfig
 
     @nn.compact
     def __call__(self, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
-        """The n embeddings `[n, D]` of a block whose real tokens `mask_K` marks."""
-        config, embedder = self.config, self.config.embedder
-        width = config.context_width
-        if embedder.kind == "lookup":
-            out_nD = embedding(config, width // config.block_length, name="tokens")(tokens_K)
+        """Return the n embeddings `[n, D]` of a block whose real tokens `mask_K` marks."""
+        config = self.config
+        if config.embedder.kind in ("lookup", "projection"):
+            rows_RxD = embedding(config, config.embedder_rows[1], name="tokens")(tokens_K)
         else:
-            if embedder.kind == "projection":
-                row_width = embedder.width or config.block_decoder.width
-                rows_TxD = embedding(config, row_width, name="tokens")(tokens_K)
-            else:
-                rows_TxD = self._encode(tokens_K, mask_K)
-            if embedder.concatenate:
-                out_nD = rows_TxD
-            else:
-                out_nD = linear(
-                    config,
-                    width,
-                    axis=(-2, -1),
-                    name="projection",
-                    axes=("positions", "width", "width"),
-                )(rows_TxD)
-        return out_nD.reshape(config.embeddings_per_block, config.block_decoder.width)
+            rows_RxD = self._encode(tokens_K, mask_K)
+        if config.embedder_projects:
+            axes = ("positions", "width", "width")
+            width = config.context_width
+            project = linear(config, width, axis=(-2, -1), name="projection", axes=axes)
+            rows_RxD = project(rows_RxD)
+        return rows_RxD.reshape(config.embeddings_per_block, config.block_decoder.width)
 
     def _encode(self, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
         embedder = self.config.embedder

@@ -6,14 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from blocktx.config import ModelConfig
 from blocktx.model.build import Model
 
 
 def for_decoding(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """The same model as decoding takes it: one subtree of parameters a layer, in compute dtype.
+    """Return a model and its parameters as decoding needs them.
 
-    A loop would read wider ones at every step, or XLA hold both. Norms, which are computed in
-    float32, keep theirs as they are.
+    Layers are separate, as a loop that slices stacked arrays copies every weight at every step.
+    Parameters are in the compute dtype, as a loop would read wider ones at every step, or XLA hold
+    both. Norms keep their dtype: they are computed in float32.
     """
     dtype = model.config.compute_dtype
     config = dataclasses.replace(model.config, scan_layers=False, param_dtype=dtype)
@@ -27,11 +29,9 @@ def for_decoding(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str,
 
 
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of a model with `scan_layers` -> those of the same model without.
+    """Return parameters of a model with `scan_layers` as those of the same model without.
 
-    Every subtree `layers`, whose leaves have a leading layer axis, becomes `layers_0`, `layers_1`,
-    ... Take them apart once, before decoding: a loop that slices them off stacked arrays copies
-    every weight at every step.
+    Every subtree `layers`, whose leaves have a leading layer axis, becomes `layers_0`, ...
     """
     out = {}
     for name, value in params.items():
@@ -55,3 +55,11 @@ def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
     if layers:
         out["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     return out
+
+
+def classifier_kernel(config: ModelConfig, params: dict[str, Any]) -> jax.Array:
+    """Return the classifier `[E, V]`; the transposed embedding table if it is tied."""
+    owner = params["token_decoder"] if config.kind == "block" else params
+    if config.tied_classifier:
+        return owner["embed"]["embedding"].T
+    return owner["classifier"]["kernel"]

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from blocktx.config import ModelConfig, StackConfig
 from blocktx.model.attention import Attention, CrossAttention
 from blocktx.model.cache import Cache, LayerCache
-from blocktx.model.layers import MLP, WIDE, layer_norm
-from blocktx.ops import normalize
+from blocktx.model.layers import MLP, WIDE, Norm
 from blocktx.parallel import constrain
 
-_KEPT = {
+_SAVED = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
@@ -22,10 +21,9 @@ _KEPT = {
 
 
 class Layer(nn.Module):
-    """A GPT-NeoX layer: attention and MLP side by side, each on a norm of its own of the input.
+    """A layer of the GPT-NeoX or Llama family, see `StackConfig`.
 
-    With a memory it is a layer of an encoder-decoder: attention, cross-attention and MLP one after
-    the other, each adding to what came before.
+    With a memory its residuals are sequential: attention, cross-attention, MLP.
     """
 
     config: ModelConfig
@@ -41,21 +39,38 @@ class Layer(nn.Module):
         memory_MxD: jax.Array | None = None,
         cache: LayerCache | None = None,
         slot: jax.Array | int = 0,
+        fresh: bool = False,
     ) -> tuple[jax.Array, LayerCache | None]:
-        attention = Attention(self.config, self.stack, self.window, name="attention")
-        mlp = MLP(self.config, self.stack.mlp_size, name="mlp")
-        norms = [layer_norm(self.config, name=f"{part}_norm") for part in ("attention", "mlp")]
-        if memory_MxD is None:
+        stack = self.stack
+        attention = Attention(self.config, stack, self.window, name="attention")
+        mlp = MLP(self.config, stack.mlp_size, stack.mlp, stack.mlp_bias, name="mlp")
+        attention_norm, mlp_norm = (
+            norm(self.config, stack, f"{part}_norm") for part in ("attention", "mlp")
+        )
+
+        def attend(x_TxD: jax.Array) -> tuple[jax.Array, LayerCache | None]:
+            if cache is None:
+                return attention.over_itself(x_TxD, position_T, mask_TxS), None
+            method = attention.into_cache if fresh else attention.over_cache
+            return method(x_TxD, position_T, mask_TxS, cache, slot)
+
+        if memory_MxD is None and stack.residual == "parallel":
             width = x_TxD.shape[-1]
-            inputs = normalize(self.config, x_TxD, [norm.weights(width) for norm in norms])
-            attended_TxD, cache = attention(inputs[0], position_T, mask_TxS, cache, slot)
-            return constrain(x_TxD + attended_TxD + mlp(inputs[1]), None, None), cache
-        attended_TxD, cache = attention(norms[0](x_TxD), position_T, mask_TxS, cache, slot)
+            weights = [attention_norm.weights(width), mlp_norm.weights(width)]
+            attention_input, mlp_input = attention_norm.apply_all(x_TxD, weights)
+            attended_TxD, cache = attend(attention_input)
+            return constrain(x_TxD + attended_TxD + mlp(mlp_input), None, None), cache
+        attended_TxD, cache = attend(attention_norm(x_TxD))
         x_TxD += attended_TxD
-        cross = CrossAttention(self.config, self.stack, name="cross_attention")
-        cross_norm = layer_norm(self.config, name="cross_attention_norm")
-        x_TxD += cross(cross_norm(x_TxD), memory_MxD)
-        return constrain(x_TxD + mlp(norms[1](x_TxD)), None, None), cache
+        if memory_MxD is not None:
+            cross = CrossAttention(self.config, stack, name="cross_attention")
+            x_TxD += cross(norm(self.config, stack, "cross_attention_norm")(x_TxD), memory_MxD)
+        return constrain(x_TxD + mlp(mlp_norm(x_TxD)), None, None), cache
+
+
+def norm(config: ModelConfig, stack: StackConfig, name: str) -> Norm:
+    """Return a norm of the stack's kind."""
+    return Norm(config, stack.norm, stack.norm_epsilon, name=name)
 
 
 class Stack(nn.Module):
@@ -75,26 +90,32 @@ class Stack(nn.Module):
         memory_MxD: jax.Array | None = None,
         cache: Cache | None = None,
         slot: jax.Array | int = 0,
+        fresh: bool = False,
         keep: int | None = None,
     ) -> tuple[jax.Array, Cache | jax.Array | None]:
-        """Args and results as of `Attention`, and what `CrossAttention` attends to, if anything.
+        """Return the outputs `[T, D]`, and the cache with the T positions written, if any.
 
-        A cache needs `scan_layers` to be False. With `keep` the second result is the hidden state
-        `[T, D]` after that many layers, before any norm, in place of a cache.
+        Args:
+          x_TxD, position_T, mask_TxS: as of `Attention`.
+          memory_MxD: vectors that `CrossAttention` attends to.
+          cache: attention is over the cache, or with `fresh` over x alone. Layers must be separate.
+          slot: the first slot of the cache to write.
+          fresh: whether the cache holds nothing that these positions attend to.
+          keep: the second result is the hidden state `[T, D]` after so many layers, before any
+            norm, in place of a cache.
         """
         layers, scan = self.stack.layers, self.config.scan_layers
-        # What a loop keeps for the gradient it copies, which takes narrow layers on TPU as long as
-        # a third of their work; wide ones a smaller part, and a loop compiles faster.
-        unroll = self.config.platform == "tpu" and self.stack.width < WIDE
+        # A loop copies what it saves for the gradient, which on TPU costs narrow layers a third of
+        # their time. It costs wide layers less, and a loop compiles faster.
+        unrolled = self.config.formulations.narrow_layers == "unrolled"
+        unroll = unrolled and self.stack.width < WIDE
         layer = Layer
-        if self.config.remat != "none":
-            barrier = not scan or unroll  # a loop is one of its own
-            layer = nn.remat(Layer, prevent_cse=barrier, policy=_KEPT[self.config.remat])
+        if self.config.remat != "none" and cache is None:
+            barrier = not scan or unroll  # a loop is a barrier itself
+            layer = nn.remat(Layer, prevent_cse=barrier, policy=_SAVED[self.config.remat])
         if scan:
             if cache is not None:
-                raise ValueError(
-                    "decoding takes separate layers; see blocktx.model.params.unstack_layers"
-                )
+                raise ValueError("decoding needs separate layers; see blocktx.model.unstack_layers")
             lift = functools.partial(
                 nn.scan,
                 variable_axes={"params": 0},
@@ -117,13 +138,13 @@ class Stack(nn.Module):
             for i in range(layers):
                 one = layer(self.config, self.stack, self.window, name=f"layers_{i}")
                 x_TxD, layer_cache = one(
-                    x_TxD, position_T, mask_TxS, memory_MxD, cache and cache[i], slot
+                    x_TxD, position_T, mask_TxS, memory_MxD, cache and cache[i], slot, fresh
                 )
                 written.append(layer_cache)
                 if i + 1 == keep:
                     kept_TxD = x_TxD
             cache = None if cache is None else tuple(written)
-        x_TxD = layer_norm(self.config, name="final_norm")(x_TxD)
+        x_TxD = norm(self.config, self.stack, "final_norm")(x_TxD)
         return x_TxD, cache if keep is None else kept_TxD
 
 

@@ -14,14 +14,14 @@ from blocktx.parallel import constrain
 
 @flax.struct.dataclass
 class TokenCache:
-    """What the token decoder keeps of a block until the block is written."""
+    """State of the token decoder within a block."""
 
     layers: Cache
     condition_KxE: jax.Array | None  # the context, one vector a token; None for a prefix
 
 
 class TokenDecoder(nn.Module):
-    """Tokens of a block from its context embedding, conditioned in one of three ways (section 2).
+    """The tokens of a block from its context embedding, by one of three conditionings (section 2).
 
     prefix: the context becomes P embeddings before the tokens; the last of them predicts token 0.
     summation: it becomes K embeddings, added to those of `[BOS, token_0 .. token_K-2]`.
@@ -34,27 +34,22 @@ class TokenDecoder(nn.Module):
         config = self.config
         self.embed = embedding(config, config.token_decoder.width, name="embed")
         self.stack = Stack(config, config.token_decoder, window=True)
-        self.classifier = classifier(config, name="classifier")
-        # P or K vectors out of one context, by one linear map.
-        count = config.prefix_length if self._has_prefix else config.block_length
+        self.classifier = classifier(config, self.embed, name="classifier")
+        # P or K vectors from one context, by one linear map.
         self.expansion = linear(
             config,
-            (count, config.token_decoder.width),
+            (config.condition_vectors, config.token_decoder.width),
             name="expansion",
             axes=("width", "positions", "width"),
         )
 
-    @property
-    def _has_prefix(self) -> bool:
-        return self.config.conditioning == "prefix"
-
     def __call__(self, context_D: jax.Array, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
-        """Logits `[K, V]` of a block's tokens, each from the context and the tokens before it."""
+        """Return logits `[K, V]` of a block's tokens, each from the context and earlier tokens."""
         logits_KxV = self.classifier(self.hidden(context_D, tokens_K, mask_K))
         return constrain(logits_KxV, None, "vocab")
 
     def hidden(self, context_D: jax.Array, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
-        """What the classifier makes the logits of `__call__` from: float32 `[K, E]`."""
+        """Return the hidden states before the classifier, float32 `[K, E]`."""
         first_PxE, condition_KxE = self._begin(context_D)
         x_TxE = jnp.concatenate([first_PxE, self.embed(tokens_K[:-1])])
         first = first_PxE.shape[0]
@@ -65,20 +60,20 @@ class TokenDecoder(nn.Module):
         return hidden_TxE[first - 1 :]
 
     def start(self, context_D: jax.Array, cache: Cache) -> tuple[jax.Array, TokenCache]:
-        """Logits `[V]` of a block's first token, and a cache that knows the context."""
+        """Return logits `[V]` of a block's first token, and the cache after the context."""
         first_PxE, condition_KxE = self._begin(context_D)
         return self._extend(first_PxE, 0, TokenCache(cache, condition_KxE))
 
     def step(
         self, token: jax.Array, index: jax.Array, cache: TokenCache
     ) -> tuple[jax.Array, TokenCache]:
-        """Logits `[V]` of token `index + 1` from `token`, which is token `index` of its block."""
-        before = self.config.prefix_length if self._has_prefix else 1
-        return self._extend(self.embed(token)[None], before + index, cache)
+        """Return logits `[V]` of token `index + 1` from `token`, token `index` of its block."""
+        position = self.config.positions_before + index
+        return self._extend(self.embed(token)[None], position, cache)
 
     def _begin(self, context_D: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """What stands before the tokens, and what conditions them."""
-        if self._has_prefix:
+        """Return the inputs before the tokens, and the vectors that condition them."""
+        if self.config.conditioning == "prefix":
             return self.expansion(context_D), None
         return self.embed(jnp.array([self.config.bos_id])), self.expansion(context_D)
 
@@ -86,7 +81,7 @@ class TokenDecoder(nn.Module):
         self, x_TxE: jax.Array, start: jax.Array | int, cache: TokenCache
     ) -> tuple[jax.Array, TokenCache]:
         position_T = start + jnp.arange(x_TxE.shape[0])
-        mask_TxS = causal_mask(position_T, cache.layers[0].k_SxD.shape[0])
+        mask_TxS = causal_mask(position_T, cache.layers[0].k_SxE.shape[0])
         hidden_TxE, layers = self._run(
             x_TxE, position_T, mask_TxS, cache.condition_KxE, cache.layers, start
         )

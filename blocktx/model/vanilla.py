@@ -1,13 +1,15 @@
 """The decoder-only baseline: one stack over tokens.
 
-It decodes through the same methods as `BlockTransformer`, as a model whose blocks are one
-token long and whose context embedding only has to be classified.
+It decodes by the same methods as `BlockTransformer`: its blocks are one token long, and its context
+embedding only has to be classified.
 """
+
+import dataclasses
 
 import flax.linen as nn
 import jax
 
-from blocktx.config import VanillaConfig
+from blocktx.config import Formulations, VanillaConfig
 from blocktx.model.block_decoder import BlockDecoder, extend_axes
 from blocktx.model.cache import Cache, create_cache
 from blocktx.model.layers import classifier, embedding, over_batch
@@ -15,25 +17,27 @@ from blocktx.parallel import constrain
 
 
 class Vanilla(nn.Module):
-    """GPT-NeoX. The methods after `__call__` are those of `BlockTransformer`, with K = 1."""
+    """A decoder-only model. The decoding methods are those of `BlockTransformer`, with K = 1."""
 
     config: VanillaConfig
+    formulations: Formulations  # resolved, see `build`
 
     def setup(self):
-        self.embed = embedding(self.config, self.config.decoder.width, name="embed")
-        self.decoder = BlockDecoder(self.config, self.config.decoder)
-        self.classifier = classifier(self.config, name="classifier")
+        config = dataclasses.replace(self.config, formulations=self.formulations)
+        self.embed = embedding(config, config.decoder.width, name="embed")
+        self.decoder = BlockDecoder(config, config.decoder)
+        self.classifier = classifier(config, self.embed, name="classifier")
 
     def __call__(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """Float32 logits `[B, T, V]`; entry t predicts token t+1 from tokens 0..t.
+        """Return float32 logits `[B, T, V]`; entry t predicts token t+1 from tokens 0..t.
 
-        `mask_BxT` is 1 for real tokens; padding is seen by no other token.
+        `mask_BxT` is 1 for real tokens; no other token attends to padding.
         """
         logits_BxTxV = self.classifier(self.hidden(tokens_BxT, mask_BxT))
         return constrain(logits_BxTxV, "batch", "positions", "vocab")
 
     def hidden(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """What the classifier makes the logits of `__call__` from: float32 `[B, T, D]`."""
+        """Return the hidden states before the classifier, float32 `[B, T, D]`."""
         return over_batch(BlockDecoder.__call__)(
             self.decoder, self.embed(tokens_BxT)[:, :, None], mask_BxT.astype(bool)
         )

@@ -2,33 +2,36 @@
 
 Arrays in, arrays out: no Flax, no parameters.
 
-    norm.py             LayerNorm
+    norm.py             LayerNorm and RMSNorm
     rotary.py           rotary position embeddings
     gelu.py             exact GELU
-    attention.py        attention over a cache
+    attention.py        attention, plain and over a cache
+    kernels.py          when the kernels below apply; they import Pallas on first use
     short_attention.py  attention within a block, Pallas kernel for TPU
+    short_attention_kernels.py  the bodies of its kernels
     flash_attention.py  attention over long sequences, splash attention for TPU
     cross_entropy.py    cross-entropy without materialized logits
 """
 
-from blocktx.ops.attention import attend, formulation
+from blocktx.ops.attention import attend, choose_attention, repeat_heads
 from blocktx.ops.cross_entropy import cross_entropy_sum
-from blocktx.ops.flash_attention import flash_attention, is_long
 from blocktx.ops.gelu import gelu
+from blocktx.ops.kernels import attend_short, attend_splash, fits_short, fits_splash
 from blocktx.ops.norm import normalize
-from blocktx.ops.rotary import rotary, rotary_by_product
-from blocktx.ops.short_attention import is_short, short_attention
+from blocktx.ops.rotary import rotary, rotary_by_head, rotary_by_product
 
 __all__ = [
     "attend",
+    "attend_short",
+    "attend_splash",
+    "choose_attention",
     "cross_entropy_sum",
-    "flash_attention",
-    "formulation",
+    "fits_short",
+    "fits_splash",
     "gelu",
-    "is_long",
-    "is_short",
     "normalize",
+    "repeat_heads",
     "rotary",
+    "rotary_by_head",
     "rotary_by_product",
-    "short_attention",
 ]

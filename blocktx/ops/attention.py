@@ -1,15 +1,16 @@
-"""Softmax attention in the formulations that decoding needs, one of them for each kind of work.
+"""Softmax attention: the plain formulation, and others for a cache.
 
-All are the same function to rounding: queries `[T, D]` over keys and values `[S, D]`, whose heads
-lie side by side as in the cache. `mask_TxS` is True where a query may see a key; a query that may
-see none sees all alike. Scores and softmax are float32, the result has the dtype of the values.
+All compute the same function up to rounding. Queries are `[T, H * C]`, keys and values of G heads
+`[S, G * C]`, heads side by side as in the cache; query head h reads key-value head h // (H / G).
+`mask_TxS` is True where a query attends to a key. A fully masked query attends uniformly to all
+keys. Scores and softmax are float32, the result has the dtype of the values.
 
-A TPU multiplies matrices, and a vector by a matrix for each head is none: for one query of 12 heads
-over 544 slots at batch 64, XLA's estimate for `attend_by_head` is 3 times that for
-`attend_block_diagonal`. On a CPU the latter is faster alone, but not in the loop: block_170m
-generates 1.0 to 1.4 times as many tokens a second with the former (64 slots, batches of 1, 8, 32;
-544 slots, batches of 1, 8). There XLA copies a layer's keys and values to have heads first; one
-head after the other, at the same speed, it copies those of one head.
+Per-head vector-matrix products leave a TPU's matrix unit idle: for one query of 12 heads over 544
+slots at batch 64, XLA's estimate for `attend_by_head` is 3 times that for `attend_block_diagonal`.
+On a CPU the latter is faster alone, but not in the loop: block_170m generates 1.0 to 1.4 times as
+many tokens a second with the former (64 slots, batches of 1, 8, 32; 544 slots, batches of 1, 8).
+There XLA copies a layer's keys and values to have heads first; in a loop over heads, at the same
+speed, it copies those of one head.
 """
 
 import functools
@@ -19,127 +20,177 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blocktx.config import StackConfig
+from blocktx.config import Formulations, StackConfig
 from blocktx.ops.rotary import rotary_by_head, rotary_by_product
 from blocktx.parallel import axis_parts
 
 _FEW_SLOTS = 16  # the token decoder's cache
-
-
 _MATRIX_UNIT = 128  # rows or columns of a TPU's
 
 
-def formulation(
-    platform: str, queries: int, slots: int, stack: StackConfig
-) -> tuple[Callable, Callable]:
-    """How to rotate queries and keys, and how to attend to a cache.
-
-    On a CPU and a GPU, where nothing was measured, all is by head.
+def choose_attention(
+    formulations: Formulations, queries: int, slots: int, stack: StackConfig
+) -> tuple[Callable, Callable, Callable]:
+    """Choose how to rotate queries and keys, and how to attend to a cache.
 
     Returns:
-      `rotate(x_TxD, position_T)` and `attend(q_TxD, k_SxD, v_SxD, mask_TxS)`, both `[T, D]`.
+      `rotate_q(q_TxD, position_T)`, `rotate_k(k_TxE, position_T)` and
+      `attend(q_TxD, k_SxE, v_SxE, mask_TxS)`.
     """
     parts = axis_parts("heads")
-    heads = stack.heads // parts
-    attend_ = attend_by_head
+    heads, kv_heads = stack.heads // parts, stack.kv_heads // parts
+    name = formulations.cached_attention
     if slots <= _FEW_SLOTS:
-        if platform == "tpu":
-            attend_ = attend_elementwise
-    elif platform == "tpu" and queries * heads <= _MATRIX_UNIT:
-        attend_ = attend_block_diagonal
-    elif platform == "cpu":
-        attend_ = attend_head_after_head
-    rotate = rotary_by_product if platform == "tpu" else rotary_by_head
-    turn = dict(heads=heads, dims=stack.rotary_dims, base=stack.rotary_base)
-    return (
-        _of_each_part(functools.partial(rotate, **turn), parts),
-        _of_each_part(functools.partial(attend_, heads=heads), parts),
-    )
+        name = formulations.token_cached_attention
+    elif name == "block_diagonal" and queries * heads > _MATRIX_UNIT:
+        name = "by_head"
+    attend = functools.partial(ATTENTION[name], heads=heads, kv_heads=kv_heads)
+    rotate = rotary_by_product if formulations.cached_rotary == "product" else rotary_by_head
+    rotate_q = functools.partial(rotate, stack=stack, heads=heads)
+    rotate_k = functools.partial(rotate, stack=stack, heads=kv_heads)
+    return tuple(_for_each_part(f, parts) for f in (rotate_q, rotate_k, attend))
 
 
-def _of_each_part(function: Callable, parts: int) -> Callable:
-    """`function` of the heads on each of `parts` devices, which then tell each other nothing.
+def _for_each_part(function: Callable, parts: int) -> Callable:
+    """Apply `function` to each device's heads, without communication.
 
-    Its last argument is the same for all.
+    Its last argument is not split.
     """
 
     def lifted(*args: jax.Array) -> jax.Array:
         *wide, last = args
-        cut = [x.reshape(len(x), parts, -1) for x in wide]
-        y = jax.vmap(function, (*[1] * len(cut), None), out_axes=1)(*cut, last)
+        split = [x.reshape(len(x), parts, -1) for x in wide]
+        y = jax.vmap(function, (*[1] * len(split), None), out_axes=1)(*split, last)
         return y.reshape(wide[0].shape)
 
     return function if parts == 1 else lifted
 
 
-def attend_by_head(
-    q_TxD: jax.Array, k_SxD: jax.Array, v_SxD: jax.Array, mask_TxS: jax.Array, heads: int
+def attend(
+    q_TxHxC: jax.Array, k_SxGxC: jax.Array, v_SxGxC: jax.Array, mask_TxS: jax.Array
 ) -> jax.Array:
-    """The reference, and the best there is for many queries."""
-    q_TxHxC, k_SxHxC, v_SxHxC = (x.reshape(len(x), heads, -1) for x in (q_TxD, k_SxD, v_SxD))
-    return attend(q_TxHxC, k_SxHxC, v_SxHxC, mask_TxS).reshape(q_TxD.shape).astype(v_SxD.dtype)
+    """Return softmax attention `[T, H, C]`: the reference, and the best for many queries."""
+    heads, kv_heads, size = q_TxHxC.shape[1], k_SxGxC.shape[1], q_TxHxC.shape[2]
+    wide = dict(preferred_element_type=jnp.float32)
+    if heads == kv_heads:
+        scores_HxTxS = jnp.einsum("thc,shc->hts", q_TxHxC, k_SxGxC, **wide)
+        weights_HxTxS = _softmax(scores_HxTxS, size, mask_TxS, axis=-1)
+        return jnp.einsum("hts,shc->thc", weights_HxTxS.astype(v_SxGxC.dtype), v_SxGxC)
+    q_TxGxRxC = q_TxHxC.reshape(len(q_TxHxC), kv_heads, -1, size)
+    scores_GxRxTxS = jnp.einsum("tgrc,sgc->grts", q_TxGxRxC, k_SxGxC, **wide)
+    weights_GxRxTxS = _softmax(scores_GxRxTxS, size, mask_TxS, axis=-1)
+    y_TxGxRxC = jnp.einsum("grts,sgc->tgrc", weights_GxRxTxS.astype(v_SxGxC.dtype), v_SxGxC)
+    return y_TxGxRxC.reshape(q_TxHxC.shape)
 
 
-def attend_head_after_head(
-    q_TxD: jax.Array, k_SxD: jax.Array, v_SxD: jax.Array, mask_TxS: jax.Array, heads: int
+def attend_by_head(
+    q_TxD: jax.Array,
+    k_SxE: jax.Array,
+    v_SxE: jax.Array,
+    mask_TxS: jax.Array,
+    heads: int,
+    kv_heads: int,
+) -> jax.Array:
+    """`attend` of heads side by side."""
+    q_TxHxC = q_TxD.reshape(len(q_TxD), heads, -1)
+    k_SxGxC, v_SxGxC = (x.reshape(len(x), kv_heads, -1) for x in (k_SxE, v_SxE))
+    return attend(q_TxHxC, k_SxGxC, v_SxGxC, mask_TxS).reshape(q_TxD.shape).astype(v_SxE.dtype)
+
+
+def attend_head_by_head(
+    q_TxD: jax.Array,
+    k_SxE: jax.Array,
+    v_SxE: jax.Array,
+    mask_TxS: jax.Array,
+    heads: int,
+    kv_heads: int,
 ) -> jax.Array:
     """For a CPU and many slots: no copy of the cache is larger than one head."""
     size = q_TxD.shape[-1] // heads
 
     def one(head: jax.Array) -> jax.Array:
-        q_k_v = (
-            jax.lax.dynamic_slice_in_dim(x, head * size, size, axis=1)[:, None]
-            for x in (q_TxD, k_SxD, v_SxD)
-        )
-        return attend(*q_k_v, mask_TxS)[:, 0]
+        def own(x: jax.Array, count: int) -> jax.Array:
+            width = count * size
+            x = jax.lax.dynamic_slice_in_dim(x, head * width, width, axis=1)
+            return x.reshape(len(x), count, size)
 
-    y_HxTxC = jax.lax.map(one, jnp.arange(heads))
-    return y_HxTxC.swapaxes(0, 1).reshape(q_TxD.shape).astype(v_SxD.dtype)
+        return attend(own(q_TxD, heads // kv_heads), own(k_SxE, 1), own(v_SxE, 1), mask_TxS)
 
-
-def attend(
-    q_TxHxC: jax.Array, k_SxHxC: jax.Array, v_SxHxC: jax.Array, mask_TxS: jax.Array
-) -> jax.Array:
-    """Softmax attention, `[T, H, C]`. A query without a key that it may see sees all alike."""
-    scores_HxTxS = jnp.einsum("thc,shc->hts", q_TxHxC, k_SxHxC, preferred_element_type=jnp.float32)
-    weights_HxTxS = _softmax(scores_HxTxS, q_TxHxC.shape[-1], mask_TxS, axis=-1)
-    return jnp.einsum("hts,shc->thc", weights_HxTxS.astype(v_SxHxC.dtype), v_SxHxC)
+    y_GxTxRxC = jax.lax.map(one, jnp.arange(kv_heads))
+    return y_GxTxRxC.swapaxes(0, 1).reshape(q_TxD.shape).astype(v_SxE.dtype)
 
 
 def attend_block_diagonal(
-    q_TxD: jax.Array, k_SxD: jax.Array, v_SxD: jax.Array, mask_TxS: jax.Array, heads: int
+    q_TxD: jax.Array,
+    k_SxE: jax.Array,
+    v_SxE: jax.Array,
+    mask_TxS: jax.Array,
+    heads: int,
+    kv_heads: int,
 ) -> jax.Array:
     """For few queries and many slots: all heads in two matrix products.
 
-    Each head's query stands alone in a row of zeros, so that its product with whole keys is its
-    score; of its sum of whole values its own part is kept. That is H times the arithmetic, in
-    rows and columns that the matrix unit would leave empty.
+    Each head's query is a row of its own, zero outside its key-value head's channels, so that its
+    product with whole keys is its score. Of its sum of whole values its own channels are kept. That
+    is G times the arithmetic, in rows and columns of the matrix unit that would be empty.
     """
-    own_HxD = _own_channels(heads, q_TxD.shape[-1], q_TxD.dtype)
-    q_THxD = (q_TxD[:, None] * own_HxD).reshape(-1, q_TxD.shape[-1])
-    scores_THxS = jnp.einsum("nd,sd->ns", q_THxD, k_SxD, preferred_element_type=jnp.float32)
+    size = q_TxD.shape[-1] // heads
+    own_HxE = _own_channels(heads, kv_heads, size, q_TxD.dtype)
+    if heads == kv_heads:
+        q_TxHxE = q_TxD[:, None] * own_HxE
+    else:
+        q_TxHxC = q_TxD.reshape(len(q_TxD), heads, size)
+        q_TxHxE = jnp.tile(q_TxHxC, (1, 1, kv_heads)) * own_HxE
+    q_THxE = q_TxHxE.reshape(-1, own_HxE.shape[1])
+    scores_THxS = jnp.einsum("nd,sd->ns", q_THxE, k_SxE, preferred_element_type=jnp.float32)
     mask_THxS = jnp.repeat(mask_TxS, heads, axis=0)
-    weights_THxS = _softmax(scores_THxS, q_TxD.shape[-1] // heads, mask_THxS, axis=-1)
-    sums_THxD = jnp.einsum("ns,sd->nd", weights_THxS.astype(v_SxD.dtype), v_SxD)
-    return (sums_THxD.reshape(-1, *own_HxD.shape) * own_HxD).sum(1)
+    weights_THxS = _softmax(scores_THxS, size, mask_THxS, axis=-1)
+    sums_THxE = jnp.einsum("ns,sd->nd", weights_THxS.astype(v_SxE.dtype), v_SxE)
+    sums_TxHxE = sums_THxE.reshape(-1, *own_HxE.shape) * own_HxE
+    if heads == kv_heads:
+        return sums_TxHxE.sum(1)
+    return sums_TxHxE.reshape(-1, heads, kv_heads, size).sum(2).reshape(q_TxD.shape)
 
 
 def attend_elementwise(
-    q_TxD: jax.Array, k_SxD: jax.Array, v_SxD: jax.Array, mask_TxS: jax.Array, heads: int
+    q_TxD: jax.Array,
+    k_SxE: jax.Array,
+    v_SxE: jax.Array,
+    mask_TxS: jax.Array,
+    heads: int,
+    kv_heads: int,
 ) -> jax.Array:
-    """For few slots: products channel by channel, which a matrix of 0 and 1 sums up by head."""
-    own_HxD = _own_channels(heads, q_TxD.shape[-1], q_TxD.dtype)
+    """For few slots: products by channel, which a matrix of 0 and 1 sums by head."""
+    size = q_TxD.shape[-1] // heads
+    if heads != kv_heads:
+        k_SxE, v_SxE = (repeat_heads(x, heads, kv_heads) for x in (k_SxE, v_SxE))
+    own_HxD = _own_channels(heads, heads, size, q_TxD.dtype)
     sums = dict(preferred_element_type=jnp.float32)
-    scores_SxTxH = jnp.einsum("std,hd->sth", k_SxD[:, None] * q_TxD, own_HxD, **sums)
+    scores_SxTxH = jnp.einsum("std,hd->sth", k_SxE[:, None] * q_TxD, own_HxD, **sums)
     mask_SxTx1 = mask_TxS.T[..., None]
-    weights_SxTxH = _softmax(scores_SxTxH, q_TxD.shape[-1] // heads, mask_SxTx1, axis=0)
-    weights_SxTxD = jnp.einsum("sth,hd->std", weights_SxTxH.astype(v_SxD.dtype), own_HxD, **sums)
-    return (weights_SxTxD * v_SxD[:, None]).sum(0).astype(v_SxD.dtype)
+    weights_SxTxH = _softmax(scores_SxTxH, size, mask_SxTx1, axis=0)
+    weights_SxTxD = jnp.einsum("sth,hd->std", weights_SxTxH.astype(v_SxE.dtype), own_HxD, **sums)
+    return (weights_SxTxD * v_SxE[:, None]).sum(0).astype(v_SxE.dtype)
 
 
-def _own_channels(heads: int, width: int, dtype: jnp.dtype) -> jax.Array:
-    """`[H, D]`: 1 at the channels of each head."""
-    return jnp.asarray(np.repeat(np.eye(heads), width // heads, axis=1), dtype)
+ATTENTION: dict[str, Callable] = {
+    "by_head": attend_by_head,
+    "head_by_head": attend_head_by_head,
+    "block_diagonal": attend_block_diagonal,
+    "elementwise": attend_elementwise,
+}
+
+
+def repeat_heads(x_xE: jax.Array, heads: int, kv_heads: int) -> jax.Array:
+    """Return key-value heads `[..., G * C]` once for each query head, `[..., H * C]`."""
+    x_xGxC = x_xE.reshape(*x_xE.shape[:-1], kv_heads, -1)
+    return jnp.repeat(x_xGxC, heads // kv_heads, axis=-2).reshape(*x_xE.shape[:-1], -1)
+
+
+def _own_channels(heads: int, kv_heads: int, size: int, dtype: jnp.dtype) -> jax.Array:
+    """Return `[H, G * C]`: 1 at the channels of each head's key-value head."""
+    own_HxG = np.repeat(np.eye(kv_heads), heads // kv_heads, axis=0)
+    return jnp.asarray(np.repeat(own_HxG, size, axis=1), dtype)
 
 
 def _softmax(scores: jax.Array, head_size: int, mask: jax.Array, axis: int) -> jax.Array:

@@ -1,10 +1,10 @@
-"""Next-token loss over a large vocabulary, with its gradient formed where the logits are.
+"""Next-token loss over a large vocabulary, with its gradient formed beside the logits.
 
-Differentiating logits and softmax keeps float32 logits `[tokens, V]` for the backward pass, reads
-them there twice more, and takes the exponential of each three times. Here a slice of the tokens at
-a time has logits; powers of them, rounded to the compute dtype as any factor of a matrix product
-is, give both gradients and (as a product with ones, which costs the matrix unit less than a
-reduction costs the others) their own sum. Only the gradients outlive the slice.
+Differentiating logits and softmax saves float32 logits `[tokens, V]` for the backward pass, reads
+them twice more, and takes the exponential of each three times. Here logits are formed for one chunk
+of tokens at a time. exp(logits), in the compute dtype, yields both gradients and, by a product with
+ones, which costs the matrix unit less than a reduction costs the vector units, the normaliser. Only
+the gradients outlive the chunk.
 """
 
 import jax
@@ -12,9 +12,7 @@ import jax.numpy as jnp
 
 from blocktx.parallel import batch_parts, constrain
 
-_TOKENS = 16_384  # in a slice, on each device
-
-
+_TOKENS = 16_384  # in a chunk, on each device
 _ROWS = 8
 
 
@@ -25,7 +23,14 @@ def cross_entropy_sum(
     labels_BxMxK: jax.Array,
     scored_BxMxK: jax.Array,
 ) -> jax.Array:
-    """Float32 sum of the cross-entropies of the scored tokens, whose logits are hidden @ kernel."""
+    """Return the sum of the cross-entropies of the scored tokens, float32, in nats.
+
+    Args:
+      hidden_BxMxKxE: inputs of the classifier, in the compute dtype.
+      kernel_ExV: the classifier; the logits are hidden @ kernel.
+      labels_BxMxK: int tokens.
+      scored_BxMxK: bool, True for tokens that count.
+    """
     return _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK)[0]
 
 
@@ -34,19 +39,19 @@ def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK):
     mesh = jax.sharding.get_abstract_mesh()
     rows_here = rows if mesh.empty else max(rows // batch_parts(mesh), 1)
     size = max(_TOKENS // (rows_here * positions), 1)
-    # One conversion and transposition for all slices; where it is cut along the mesh, put together,
-    # else activations go to its parts.
+    # One conversion and transposition for all chunks. A sharded kernel is gathered, else XLA moves
+    # activations to its shards.
     kernel_VxE = constrain(kernel_ExV.astype(hidden_BxMxKxE.dtype).T, "vocab", "features")
     kernel_VxE = jax.lax.optimization_barrier(kernel_VxE)
     nats, dkernel_ExV, dhidden = jnp.float32(0), jnp.zeros(kernel_ExV.shape, jnp.float32), []
 
     def tokens(x_BxMxKx: jax.Array, begin: int) -> jax.Array:
-        # By position, as they lie in memory; never across the batch, which devices share.
+        # By position, as in memory; never across the batch, which is sharded.
         x_BxMxKx = x_BxMxKx[:, begin : begin + size].swapaxes(1, 2)
         return x_BxMxKx.reshape(rows, -1, *x_BxMxKx.shape[3:])
 
     for begin in range(0, blocks, size):
-        part_nats, dx_BxTxE, part_dkernel_ExV = _slice(
+        part_nats, dx_BxTxE, part_dkernel_ExV = _chunk(
             tokens(hidden_BxMxKxE, begin),
             kernel_VxE,
             tokens(labels_BxMxK, begin),
@@ -58,8 +63,8 @@ def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK):
     return nats, (jnp.concatenate(dhidden, axis=1), dkernel_ExV.astype(kernel_ExV.dtype))
 
 
-def _slice(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
-    """Nats of some tokens, the gradient by their `x_BxMxE`, and that by the kernel `[E, V]`."""
+def _chunk(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
+    """Return the loss of some tokens, and its gradients by their `x_BxMxE` and by the kernel."""
     dtype, (vocabulary, width) = x_BxMxE.dtype, kernel_VxE.shape
     logits_BxMxV = jnp.einsum(
         "bme,ve->bmv", x_BxMxE, kernel_VxE, preferred_element_type=jnp.float32
@@ -68,7 +73,7 @@ def _slice(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
     logits_BxMxV, most_BxMx1 = jax.lax.optimization_barrier((logits_BxMxV, most_BxMx1))
     powers_BxMxV = jnp.exp(logits_BxMxV - most_BxMx1).astype(dtype)
 
-    # The kernel on the left, where the matrix unit takes 8 rows more, on the right 128.
+    # The kernel on the left: there the ones take 8 rows of the matrix unit, on the right 128.
     ones = jnp.ones((vocabulary, _ROWS), dtype)
     sums = jnp.einsum(
         "ve,bmv->ebm",
@@ -77,7 +82,7 @@ def _slice(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
         preferred_element_type=jnp.float32,
     ).transpose(1, 2, 0)
     total_BxMx1 = sums[..., width : width + 1]
-    # Else XLA converts it once, into twice the bytes, for what reads it twice.
+    # Without the barrier XLA converts it once, into twice the bytes, for its two readers.
     label_BxMxE = jax.lax.optimization_barrier(kernel_VxE[labels_BxM])
     label_logit_BxM = (x_BxMxE.astype(jnp.float32) * label_BxMxE).sum(-1)
     nats_BxM = jnp.log(total_BxMx1[..., 0]) + most_BxMx1[..., 0] - label_logit_BxM

@@ -1,34 +1,33 @@
-"""Causal attention over long sequences on TPU: JAX's splash attention, which keeps no scores."""
+"""Causal attention over long sequences on TPU: JAX's splash attention, which stores no scores."""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
-_TILE = 128  # of queries and keys; sequences of whole tiles can be had
-
-
-def is_long(x_TxD: jax.Array) -> bool:
-    """Whether `flash_attention` can do it."""
-    return x_TxD.shape[0] % _TILE == 0
+from blocktx.ops.kernels import SPLASH_TILE
 
 
 def flash_attention(
     q_TxHxC: jax.Array,
-    k_TxHxC: jax.Array,
-    v_TxHxC: jax.Array,
+    k_TxGxC: jax.Array,
+    v_TxGxC: jax.Array,
     real_T: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """Outputs `[T, H, C]` of causal attention over one sequence; lift by `vmap`.
+    """Return causal attention `[T, H, C]` over one sequence; batch it with `vmap`.
+
+    Sequences are padded to whole tiles. No query attends to that padding, which comes last.
 
     Args:
-      q_TxHxC, k_TxHxC, v_TxHxC: after rotary positions.
-      real_T: bool, False for keys that are padding. A query that sees no key has no meaning.
-      interpret: run without a TPU, slowly: for tests.
+      q_TxHxC: queries, after rotary positions.
+      k_TxGxC, v_TxGxC: keys, after rotary positions, and values. Each head serves H / G queries.
+      real_T: bool, False for keys that are padding. The output of a query that attends to no key
+        has no meaning.
+      interpret: run without a TPU, slowly.
     """
 
-    def attend(q_HxTxC, k_HxTxC, v_HxTxC, real_T):
+    def attend(q_HxTxC, k_GxTxC, v_GxTxC, real_T):
         heads, length, size = q_HxTxC.shape
         mask = splash_attention.CausalMask((length, length))
         kernel = splash_attention.make_splash_mha_single_device(
@@ -39,7 +38,7 @@ def flash_attention(
         segments = splash_attention.SegmentIds(
             q=jnp.ones(length, jnp.int32), kv=real_T.astype(jnp.int32)
         )
-        return kernel(q_HxTxC * size**-0.5, k_HxTxC, v_HxTxC, segment_ids=segments)
+        return kernel(q_HxTxC * size**-0.5, k_GxTxC, v_GxTxC, segment_ids=segments)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not (mesh.empty or mesh.are_all_axes_manual):  # XLA cannot divide a kernel
@@ -50,12 +49,17 @@ def flash_attention(
             out_specs=heads,
             check_vma=False,
         )
-    q_k_v = (x.swapaxes(0, 1) for x in (q_TxHxC, k_TxHxC, v_TxHxC))
-    return attend(*q_k_v, real_T).swapaxes(0, 1)
+    length = len(real_T)
+    missing = -length % SPLASH_TILE
+    q_k_v = (x.swapaxes(0, 1) for x in (q_TxHxC, k_TxGxC, v_TxGxC))
+    if missing:
+        q_k_v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in q_k_v)
+        real_T = jnp.pad(real_T, (0, missing), constant_values=True)
+    return attend(*q_k_v, real_T)[:, :length].swapaxes(0, 1)
 
 
 def _block_sizes(length: int) -> splash_attention.BlockSizes:
-    size = next(tile for tile in (512, 256, _TILE) if length % tile == 0)
+    size = next(tile for tile in (512, 256, SPLASH_TILE) if length % tile == 0)
     return splash_attention.BlockSizes(
         block_q=size,
         block_kv=size,

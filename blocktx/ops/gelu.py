@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x * Phi(x); its slope is all that is kept for the gradient, in the type of `x`.
+    """Return the exact GELU, x * Phi(x). The gradient saves only its slope, in the dtype of `x`.
 
     `jax.nn.gelu(approximate=False)` goes through erfc, which takes 1.5 times as long on a CPU and
     gains digits only where the result is below 1e-6.

@@ -20,9 +20,8 @@ from blocktx.parallel.sharding import (
     check_model_fits,
     constrain,
     create_mesh,
-    named,
     replicated,
-    shardings,
+    spec,
 )
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "initialize",
     "is_google_vm",
     "metadata",
-    "named",
     "replicated",
-    "shardings",
+    "spec",
 ]

@@ -4,13 +4,10 @@ Layers name the axes of their parameters (`named`); a few activations are named 
 XLA derives the sharding of all other arrays.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import flax.struct
 import jax
 import numpy as np
-from flax.core import meta
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -90,6 +87,8 @@ def check_model_fits(config: ModelConfig, mesh: Mesh) -> None:
     for name, part in parts.items():
         if part is not None:
             sizes |= {f"{name}.heads": part.heads, f"{name}.mlp_width": part.mlp_size}
+            if getattr(part, "kv_heads", part.heads) != part.heads:
+                sizes[f"{name}.key_value_heads"] = part.kv_heads
     for name, size in sizes.items():
         if size % tensor:
             raise UserError(
@@ -133,40 +132,6 @@ def axis_parts(name: str) -> int:
     """Return the number of shards of an axis of this name on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in RULES[name]]))
-
-
-class NamedAxes(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A parameter with the names of its axes."""
-
-    value: Any
-    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
-
-    def unbox(self) -> Any:
-        return self.value
-
-    def replace_boxed(self, val: Any) -> "NamedAxes":
-        return self.replace(value=val)
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "NamedAxes":
-        name = params[meta.PARTITION_NAME]
-        return self.replace(names=(*self.names[:index], name, *self.names[index:]))
-
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "NamedAxes":
-        return self.replace(names=self.names[:index] + self.names[index + 1 :])
-
-
-def named(init: Callable[..., jax.Array], *names: str) -> Callable[..., NamedAxes]:
-    """Return `init` with names for the axes of its parameter."""
-    return lambda *args, **kwargs: NamedAxes(init(*args, **kwargs), names)
-
-
-def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Return the NamedShardings of a tree of `NamedAxes` with ShapeDtypeStructs."""
-    return jax.tree.map(
-        lambda box: NamedSharding(mesh, spec(box.names, box.value.shape, mesh)),
-        boxed,
-        is_leaf=meta.is_axis_metadata,
-    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

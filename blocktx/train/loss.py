@@ -1,4 +1,4 @@
-"""Next-token loss, summed by position in the block, and what training can add to it."""
+"""Training losses: next-token loss and auxiliary losses."""
 
 from typing import Any
 
@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blocktx.config import LossConfig
+from blocktx.config import LossConfig, UserError
 from blocktx.model import (
     BlockTransformer,
     Model,
+    classifier_kernel,
     loss_by_position,
     loss_mask,
     masked_cross_entropy,
@@ -29,21 +30,26 @@ def training_sums(
     mask_BxNxK: jax.Array,
     config: LossConfig,
 ) -> dict[str, jax.Array]:
-    """Sums of the losses that a training step is over, by name: `loss` and those that are on.
+    """Return the sums of the enabled losses by name; `loss` is always enabled.
 
-    block_decoding_loss: the context embedding at block i is to be the input embedding of block i+1.
-      With `mse` the sum is over blocks of the mean square of the difference; with `contrastive`, of
-      the nats that it takes to tell the embedding, by its cosine over a temperature of 0.07, from
-      those of all scored blocks in `tokens_BxNxK`. Of several embeddings in a block each is to be
-      its own counterpart, and the mean is taken. No gradient flows into the input embedding, which
-      could otherwise please the loss by being the same for all blocks; so have it the authors.
-    auto_encoding_loss: nats of the same tokens as `loss`, with the block's own input embedding in
-      place of the context embedding. Its gradient reaches embedder and token decoder.
+    block_decoding_loss: predicts the input embedding of block i+1 from the context embedding of
+      block i. `mse`: the mean squared difference, summed over blocks. `contrastive`: the cross
+      entropy of the right embedding among those of all scored blocks in `tokens_BxNxK`, with the
+      cosine over a temperature of 0.07 as logits. With several embeddings per block, each has its
+      own target, and the mean is taken. The target is stop-gradiented, as in the authors' code;
+      otherwise a constant embedding would minimise the loss.
+    auto_encoding_loss: cross entropy of the same tokens as `loss`, with the block's own input
+      embedding in place of the context embedding. It trains embedder and token decoder.
 
-    The contrastive loss holds a matrix of all scored blocks by all scored blocks: where it is too
-    large, more `training.microbatches` make it smaller (and the choice easier).
+    The contrastive loss needs a matrix of scored blocks by scored blocks. More
+    `training.microbatches` make it smaller, with fewer negatives.
+
+    Raises:
+      UserError: an auxiliary loss is enabled for a vanilla model.
     """
-    fused = model.config.platform == "tpu"
+    if config.weights and model.config.kind == "vanilla":
+        raise UserError(f"loss: {', '.join(config.weights)} is for block models only; turn it off")
+    fused = model.formulations.loss == "fused"
     if not config.weights and not fused:
         return {"loss": loss_by_position(model, params, tokens_BxNxK, mask_BxNxK)[0].sum()}
     mask_BxNxK = mask_BxNxK.astype(bool)
@@ -52,7 +58,7 @@ def training_sums(
         hidden_BxTxD = model.apply(
             {"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0], method="hidden"
         )
-        classifier = params["classifier"]
+        classifier = classifier_kernel(model.config, params)
         return {
             "loss": _fused_nats(
                 model, classifier, hidden_BxTxD[:, :, None], tokens_BxNxK, scored_BxMxK
@@ -67,7 +73,7 @@ def training_sums(
                     jnp.roll(x, -1, axis=1) for x in (tokens_BxNxK, mask_BxNxK)
                 )
                 hidden_BxNxKxE = net.hidden_blocks(contexts_BxNxnD, next_BxNxK, real_BxNxK)
-                classifier = params["token_decoder"]["classifier"]
+                classifier = classifier_kernel(model.config, params)
                 return _fused_nats(model, classifier, hidden_BxNxKxE, tokens_BxNxK, scored_BxMxK)
             logits = net.decode_blocks(contexts_BxMxnD, tokens_BxNxK[:, 1:], mask_BxNxK[:, 1:])
             return masked_cross_entropy(logits, tokens_BxNxK, scored_BxMxK).sum()
@@ -90,7 +96,7 @@ def training_sums(
 
 
 def training_counts(mask_BxNxK: jax.Array, config: LossConfig) -> dict[str, jax.Array]:
-    """What the means of `training_sums` are over, tokens or blocks; 1 instead of none."""
+    """Return the denominators of `training_sums`: numbers of tokens or blocks, at least 1."""
     scored_BxMxK = loss_mask(mask_BxNxK.astype(bool))
     tokens = scored_BxMxK.sum(dtype=jnp.float32)
     blocks = scored_BxMxK.any(-1).sum(dtype=jnp.float32)
@@ -100,15 +106,15 @@ def training_counts(mask_BxNxK: jax.Array, config: LossConfig) -> dict[str, jax.
 
 def _fused_nats(
     model: Model,
-    classifier: dict[str, Any],
+    classifier_ExV: jax.Array,
     hidden_BxNxKxE: jax.Array,
     tokens_BxNxK: jax.Array,
     scored_BxMxK: jax.Array,
 ) -> jax.Array:
-    """The sum of the nats, from what the classifier sees of N blocks, of which the last is idle."""
+    """Return the cross entropy of N - 1 blocks from the hidden states of N; the last is unused."""
     return cross_entropy_sum(
         hidden_BxNxKxE.astype(model.config.compute_dtype),
-        classifier["kernel"],
+        classifier_ExV,
         jnp.roll(tokens_BxNxK, -1, axis=1),
         jnp.pad(scored_BxMxK, ((0, 0), (0, 1), (0, 0))),
     )

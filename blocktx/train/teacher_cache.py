@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from blocktx.checkpoint import load_config
 from blocktx.config import RunConfig, UserError, to_dict
 from blocktx.data import Corpus, prepare, training_batches
 from blocktx.files import absolute, run_folder, write_atomic
-from blocktx.parallel import HostRows, create_mesh
+from blocktx.parallel import HostRows, batch_sharding, create_mesh
 from blocktx.train.distill import top_log_probs
 from blocktx.train.step import check_run
 from blocktx.train.teacher import load_teacher
@@ -41,11 +42,6 @@ class TeacherCache:
         """
         self._folder = absolute(config.distill.cache)
         manifest = _read_manifest(self._folder)
-        if manifest is None:
-            raise UserError(
-                f"config.distill.cache: {self._folder} holds no {_MANIFEST}; write it with "
-                "launch/cache_teacher.py"
-            )
         _require_same(self._folder, manifest["key"], _key(config, corpus))
         steps = config.training.steps
         missing = [step for step in range(steps) if not _file(self._folder, step).exists()]
@@ -78,6 +74,21 @@ class TeacherCache:
         }
 
 
+def abstract_cache(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return what a cache adds to the batch of a step as ShapeDtypeStructs; empty without one."""
+    if not config.distill.cache:
+        return {}
+    manifest = _read_manifest(absolute(config.distill.cache))
+    model, rows = config.model, config.training.batch_size
+    shape = (rows, model.blocks - 1, model.block_length, manifest["top_k"])
+    dtypes = {"teacher_tokens": np.int32, "teacher_log_probs": np.float16}
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in dtypes.items()
+    }
+
+
 def write_cache(config: RunConfig, folder: epath.PathLike, top_k: int) -> epath.Path:
     """Write the teacher's `top_k` probabilities for all steps of a run; return the folder.
 
@@ -97,8 +108,8 @@ def write_cache(config: RunConfig, folder: epath.PathLike, top_k: int) -> epath.
     folder = run_folder(folder)
     corpus = prepare(config.data, model.vocab_size)
     key = _key(config, corpus) | {"top_k": top_k}
-    manifest = _read_manifest(folder)
-    if manifest is not None:
+    if (folder / _MANIFEST).exists():
+        manifest = _read_manifest(folder)
         _require_same(folder, manifest["key"] | {"top_k": manifest["top_k"]}, key)
     teacher = load_teacher(config, corpus.tokenizer, mesh)
     host_rows = HostRows(config.training.batch_size, mesh)
@@ -164,10 +175,13 @@ def _key(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _read_manifest(folder: epath.Path) -> dict[str, Any] | None:
+def _read_manifest(folder: epath.Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     if not path.exists():
-        return None
+        raise UserError(
+            f"config.distill.cache: {folder} holds no {_MANIFEST}; write it with "
+            "launch/cache_teacher.py"
+        )
     try:
         manifest = json.loads(path.read_text())
         manifest["key"], manifest["top_k"]

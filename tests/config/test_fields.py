@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from blocktx.config import model, run
+from blocktx.config import distill, formulations, model, run, stack
 from blocktx.config.fields import FieldError, divisors
 
 STACK = model.StackConfig(layers=1, width=32, heads=4)
@@ -29,9 +29,11 @@ NEEDED = {  # instances of the classes whose fields have no defaults
 def config_classes() -> list[type]:
     found = {
         cls
-        for module in (model, run)
-        for _, cls in inspect.getmembers(module, dataclasses.is_dataclass)
-        if cls.__module__ == module.__name__ and not cls.__name__.startswith("_")
+        for module in (distill, formulations, model, run, stack)
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if dataclasses.is_dataclass(cls)
+        and cls.__module__ == module.__name__
+        and not cls.__name__.startswith("_")
     }
     return sorted(found, key=lambda cls: cls.__name__)
 

@@ -99,7 +99,7 @@ def go(state, sampling, blocks):
 
 
 def full_slots(state):
-    return np.flatnonzero(np.any(state.cache[0].k_SxD, (0, 2)))
+    return np.flatnonzero(np.any(state.cache[0].k_SxE, (0, 2)))
 
 
 def test_loop_stops_when_all_rows_have_finished():

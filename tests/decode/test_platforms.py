@@ -54,9 +54,9 @@ def test_prefill_by_groups_of_rows_is_prefill(monkeypatch):
         return loop.fill_cache(model, params, tokens, np.ones_like(tokens, bool), 10)
 
     whole = run()
-    monkeypatch.setattr(loop, "_PREFILL_POSITIONS", 16)  # two rows
+    model = model.clone(formulations=dataclasses.replace(model.formulations, prefill_positions=16))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run(), whole)
-    assert np.asarray(whole[0].k_SxD).any(axis=(0, 2)).tolist() == [True] * 8 + [False] * 2
+    assert np.asarray(whole[0].k_SxE).any(axis=(0, 2)).tolist() == [True] * 8 + [False] * 2
 
 
 @pytest.mark.parametrize("kind", ["block", "vanilla"])

@@ -30,7 +30,7 @@ def reference(logits, temperature, top_k, top_p, min_p):
     return probability
 
 
-@pytest.fixture(scope="module", params=["cpu", "tpu"])
+@pytest.fixture(scope="module", params=["chunked", "plain"])
 def platform(request):
     return request.param
 

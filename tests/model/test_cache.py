@@ -18,9 +18,9 @@ def test_write_of_a_batch_is_one_update_in_place():
     assert "scatter" not in lowered.as_text()
     program = lowered.compile()
     memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes == cache.k_SxD.nbytes + cache.v_SxD.nbytes
+    assert memory.alias_size_in_bytes == cache.k_SxE.nbytes + cache.v_SxE.nbytes
     written = program(cache, *new, jnp.int32(3))
-    for buffer, expected in zip((written.k_SxD, written.v_SxD), new, strict=True):
+    for buffer, expected in zip((written.k_SxE, written.v_SxE), new, strict=True):
         assert buffer.dtype == jnp.bfloat16
         np.testing.assert_array_equal(buffer[:, 3:5], expected.astype(jnp.bfloat16))
         assert not np.delete(np.asarray(buffer), [3, 4], axis=1).any()
@@ -30,7 +30,7 @@ def test_rows_with_slots_of_their_own():
     (cache,) = create_cache(STACK, 2, 4, "float32")
     new = np.random.default_rng(0).normal(size=(2, 1, 16)).astype(np.float32)
     written = jax.vmap(LayerCache.write)(cache, new, -new, jnp.array([3, 1]))
-    for buffer, expected in ((written.k_SxD, new), (written.v_SxD, -new)):
+    for buffer, expected in ((written.k_SxE, new), (written.v_SxE, -new)):
         for row, slot in enumerate((3, 1)):
             np.testing.assert_array_equal(buffer[row, slot], expected[row, 0])
             assert not np.delete(np.asarray(buffer[row]), slot, axis=0).any()

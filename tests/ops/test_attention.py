@@ -5,29 +5,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blocktx.config.model import StackConfig
+from blocktx.config.formulations import Formulations
+from blocktx.config.stack import RotaryScaling, StackConfig
 from blocktx.ops.attention import (
     attend_block_diagonal,
     attend_by_head,
     attend_elementwise,
-    attend_head_after_head,
-    formulation,
+    attend_head_by_head,
+    choose_attention,
 )
 from blocktx.ops.rotary import rotary, rotary_by_product
 
 FORMULATIONS = [
     attend_by_head,
-    attend_head_after_head,
+    attend_head_by_head,
     attend_block_diagonal,
     attend_elementwise,
 ]
 
 
-def reference(q, k, v, mask, heads):
+def reference(q, k, v, mask, heads, kv_heads):
     """Float64, one head after the other."""
-    by_head = (np.split(np.asarray(x, np.float64), heads, axis=1) for x in (q, k, v))
+    q, k, v = (
+        np.split(np.asarray(x, np.float64), n, 1)
+        for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))
+    )
+    k, v = ([x[h * kv_heads // heads] for h in range(heads)] for x in (k, v))
     out = []
-    for q_TxC, k_SxC, v_SxC in zip(*by_head, strict=True):
+    for q_TxC, k_SxC, v_SxC in zip(q, k, v, strict=True):
         scores = np.where(mask, q_TxC @ k_SxC.T / np.sqrt(q_TxC.shape[1]), -1e30)
         weights = np.exp(scores - scores.max(1, keepdims=True))
         out.append(weights / weights.sum(1, keepdims=True) @ v_SxC)
@@ -35,44 +40,64 @@ def reference(q, k, v, mask, heads):
 
 
 @pytest.mark.parametrize(
-    ("queries", "slots", "heads", "size"),
-    [(1, 5, 2, 4), (2, 5, 3, 8), (1, 40, 1, 4), (3, 37, 4, 16), (4, 4, 2, 2)],
+    ("queries", "slots", "heads", "kv_heads", "size"),
+    [
+        (1, 5, 2, 2, 4),
+        (2, 5, 3, 3, 8),
+        (1, 40, 1, 1, 4),
+        (3, 37, 4, 4, 16),
+        (4, 4, 2, 2, 2),
+        (2, 5, 6, 2, 4),
+        (3, 37, 4, 1, 6),
+    ],
 )
 @pytest.mark.parametrize("attend", FORMULATIONS, ids=lambda f: f.__name__)
-def test_formulations_equal_softmax_attention(attend, queries, slots, heads, size):
+def test_formulations_equal_softmax_attention(attend, queries, slots, heads, kv_heads, size):
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(n, heads * size), scale=2) for n in (queries, slots, slots))
+    shapes = (queries, heads), (slots, kv_heads), (slots, kv_heads)
+    q, k, v = (rng.normal(size=(n, count * size), scale=2) for n, count in shapes)
     mask = rng.random((queries, slots)) < 0.6
     mask[:, 0] = True
     mask[-1] = False  # a query that may see nothing sees all alike
     with jax.default_matmul_precision("float32"):
-        got = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask, heads)
-    np.testing.assert_allclose(got, reference(q, k, v, mask, heads), atol=2e-5)
-    low = attend(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), mask, heads)
+        got = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask, heads, kv_heads)
+    np.testing.assert_allclose(got, reference(q, k, v, mask, heads, kv_heads), atol=2e-5)
+    low = attend(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), mask, heads, kv_heads)
     assert low.dtype == jnp.bfloat16
-    exact = reference(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), mask, heads)
+    exact = reference(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), mask, heads, kv_heads)
     np.testing.assert_allclose(low.astype(np.float32), exact, atol=0.12)
 
 
+SCALINGS = [
+    RotaryScaling(),
+    RotaryScaling("linear", factor=4.0),
+    RotaryScaling("llama3", factor=8.0, original_context=64),
+    RotaryScaling("yarn", factor=4.0, original_context=64),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: s.kind)
 @pytest.mark.parametrize("dims", [0, 2, 4, 8])
-def test_rotary_by_product_equals_rotary(dims):
+def test_rotary_by_product_equals_rotary(dims, scaling):
+    stack = StackConfig(1, 24, 3, rotary_fraction=dims / 8, rotary_scaling=scaling)
     x_TxHxC = np.random.default_rng(0).normal(size=(5, 3, 8)).astype(np.float32)
     position = np.array([0, 1, 7, 500, 2000])
-    got = rotary_by_product(x_TxHxC.reshape(5, -1), position, 3, dims, 1e4)
-    expected = rotary(x_TxHxC, position, dims, 1e4)
+    got = rotary_by_product(x_TxHxC.reshape(5, -1), position, stack, 3)
+    expected = rotary(x_TxHxC, position, stack)
     np.testing.assert_allclose(got, expected.reshape(5, -1), atol=2e-3)  # angles of up to 2000
     np.testing.assert_allclose(got[:3], expected.reshape(5, -1)[:3], atol=1e-5)
 
 
-def test_choice_of_formulation():
-    def chosen(*args):
-        return formulation(*args)[1].func.__name__
+def test_choice_of_attention():
+    def chosen(platform, *args):
+        formulations = Formulations().resolved(platform)
+        return choose_attention(formulations, *args)[2].func.__name__
 
     stack = StackConfig(layers=1, width=768, heads=12)
 
     assert chosen("tpu", 1, 544, stack) == "attend_block_diagonal"
     assert chosen("tpu", 1, 5, stack) == "attend_elementwise"
     assert chosen("tpu", 256, 544, stack) == "attend_by_head"
-    assert chosen("cpu", 1, 544, stack) == "attend_head_after_head"
+    assert chosen("cpu", 1, 544, stack) == "attend_head_by_head"
     assert chosen("cpu", 1, 5, stack) == "attend_by_head"
     assert chosen("gpu", 1, 544, stack) == "attend_by_head"

@@ -7,21 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blocktx.config.model import StackConfig
+from blocktx.config.stack import RotaryScaling, StackConfig
 from blocktx.ops.attention import attend
+from blocktx.ops.kernels import fits_short
 from blocktx.ops.rotary import rotary
-from blocktx.ops.short_attention import is_short, short_attention
+from blocktx.ops.short_attention import short_attention
 
 
-def stack(width, heads, rotated=0.25):
-    return StackConfig(layers=1, width=width, heads=heads, rotary_fraction=rotated)
+def stack(width, heads, rotated=0.25, **fields):
+    return StackConfig(layers=1, width=width, heads=heads, rotary_fraction=rotated, **fields)
+
+
+YARN = RotaryScaling("yarn", factor=4.0, original_context=64)
 
 
 def plain(q_TxD, k_TxD, v_TxD, bias_3xD, real_T, stack):
     positions = q_TxD.shape[0]
     q_TxD, k_TxD, v_TxD = (x + b for x, b in zip((q_TxD, k_TxD, v_TxD), bias_3xD, strict=True))
     q, k, v = (x.reshape(positions, stack.heads, stack.head_size) for x in (q_TxD, k_TxD, v_TxD))
-    q, k = (rotary(x, jnp.arange(positions), stack.rotary_dims, stack.rotary_base) for x in (q, k))
+    q, k = (rotary(x, jnp.arange(positions), stack) for x in (q, k))
     mask = real_T & np.tri(positions, dtype=bool)
     return attend(q, k, v, mask).reshape(positions, -1)
 
@@ -40,16 +44,18 @@ def over_batch(function, stack):
         (1, 2, 8, stack(128, 1)),  # a head as wide as a tile
         (3, 1, 1, stack(256, 1, rotated=0.5)),  # and wider
         (1, 2, 4, stack(128, 8, rotated=0.0)),
+        (1, 3, 3, stack(128, 4, rotated=1.0, rotary_scaling=YARN)),
+        (1, 2, 3, stack(48, 2, head_width=64)),  # heads wider than the model
     ],
 )
 def test_equals_plain_attention(batch, blocks, positions, stack):
     rng = np.random.default_rng(0)
-    shape = (batch, blocks, positions, stack.width)
+    shape = (batch, blocks, positions, stack.query_width)
     q, k, v, dy = rng.normal(size=(4, *shape)).astype(np.float32)
-    bias = rng.normal(size=(3, stack.width)).astype(np.float32)
+    bias = rng.normal(size=(3, stack.query_width)).astype(np.float32)
     real = rng.random(shape[:3]) > 0.3
     real[..., 0] = True
-    assert is_short(stack, q[0, 0])
+    assert fits_short(stack, q.shape[2])
 
     @jax.jit
     def both(q, k, v, bias, real):
@@ -86,9 +92,9 @@ def test_models_side_by_side():
 
 
 def test_other_shapes_are_left_to_plain_attention():
-    assert not is_short(stack(128, 2), np.zeros((17, 128)))  # too many pairs to unroll
-    assert not is_short(stack(96, 2), np.zeros((5, 96)))  # heads of 48 do not fill tiles
-    assert not is_short(stack(64, 1), np.zeros((5, 64)))  # half a tile
+    assert not fits_short(stack(128, 2), 17)  # too many pairs to unroll
+    assert not fits_short(stack(96, 2), 5)  # heads of 48 do not fill tiles
+    assert not fits_short(stack(64, 1), 5)  # half a tile
 
 
 @pytest.mark.slow

@@ -20,10 +20,12 @@ def test_local_completions_gives_the_scores_of_blocktx(random_padding, monkeypat
     ours = module.HarnessModel("checkpoint", batch_size=4)
     pairs = [
         ("the block token decoder", " a cache of blocks"),
-        ("a cache of", " blocks"),
-        ("a cache of", " tokens by token, and so on to the end"),
+        ("token by token, a cache of", " blocks"),
+        ("token by token, a cache of", " tokens by token, and so on to the end"),
         ("é\n token by token", " the"),
-    ] + ([("", "the block token decoder")] if random_padding else [])
+    ]
+    if random_padding:  # without, the server cannot know how much padding a short context gets
+        pairs += [("a cache", " of blocks"), ("", "the block token decoder")]
 
     def requests():
         return [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]

@@ -520,6 +520,7 @@ def test_echo(live, engine):
     greedy = dict(max_tokens=5, temperature=0)
     choice, _ = post(prompt=text, echo=True, **greedy)
     assert choice["text"] == text + engine.generate(text, max_new_tokens=5, temperature=0)
+    ids = ids[:1] * 5  # padded as for scoring: by three tokens
     choice, _ = post(prompt=ids, echo=True, logprobs=1, **greedy)
     # The tokens that were written are the likeliest, and those of a second pass say the same.
     top = choice["logprobs"]["top_logprobs"]

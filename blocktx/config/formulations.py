@@ -1,0 +1,104 @@
+"""Formulations: how each operation is computed on a backend. They change speed and rounding only.
+
+This is the one place where a backend is turned into choices. Each choice can be made by hand, to
+bisect a NaN or to compare speeds: `--config.model.formulations.norm=plain`.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from blocktx.config.fields import check_fields, not_negative
+
+
+@dataclasses.dataclass(frozen=True)
+class Formulations:
+    """The formulation of each operation. "auto" and 0: the backend's default.
+
+    Attributes:
+      self_attention: over a whole sequence. plain: all scores at once. splash: a Pallas kernel for
+        TPU that stores no scores; for 128 positions and more.
+      token_attention: over the positions of one block. pallas: a kernel for TPU.
+      cached_attention: over a cache of many slots. by_head: one product a head. head_by_head: the
+        heads in a loop, so that no copy of the cache is larger than one head. block_diagonal: all
+        heads in two products, for few queries.
+      token_cached_attention: over the few slots of a block. elementwise: products by channel.
+      cached_rotary: rotary positions while decoding. product: by a matrix of 0, 1 and -1.
+      scores: of plain self-attention. recomputed: for its gradient, instead of saved.
+      norm: lean: the gradient saves only the input.
+      loss: logits: from the logits of all tokens. fused: its gradient is formed beside the logits,
+        a chunk of tokens at a time.
+      narrow_layers: stacks of width below 1024. unrolled: no loop over layers.
+      kernels: weights of a wider dtype than the computation's. cast_first: once, before products.
+      sampler: chunked: argmax and categorical draws by sums of chunks.
+      pallas: interpreted: kernels run without their hardware, slowly.
+      prefill_positions: positions of prompts that a device reads at once.
+    """
+
+    self_attention: Literal["auto", "plain", "splash"] = "auto"
+    token_attention: Literal["auto", "plain", "pallas"] = "auto"
+    cached_attention: Literal["auto", "by_head", "head_by_head", "block_diagonal"] = "auto"
+    token_cached_attention: Literal["auto", "by_head", "elementwise"] = "auto"
+    cached_rotary: Literal["auto", "by_head", "product"] = "auto"
+    scores: Literal["auto", "saved", "recomputed"] = "auto"
+    norm: Literal["auto", "plain", "lean"] = "auto"
+    loss: Literal["auto", "logits", "fused"] = "auto"
+    narrow_layers: Literal["auto", "loop", "unrolled"] = "auto"
+    kernels: Literal["auto", "cast_in_product", "cast_first"] = "auto"
+    sampler: Literal["auto", "plain", "chunked"] = "auto"
+    pallas: Literal["auto", "compiled", "interpreted"] = "auto"
+    prefill_positions: int = 0
+
+    def __post_init__(self):
+        check_fields(self)
+        not_negative(self, "prefill_positions")
+
+    def resolved(self, platform: str) -> "Formulations":
+        """Return the formulations on a backend, with no "auto" left.
+
+        Args:
+          platform: of `jax.default_backend()`. An unknown one is treated as a GPU.
+        """
+        defaults = _DEFAULTS.get(platform, _GPU)
+        chosen = {name: value for name, value in vars(self).items() if value not in ("auto", 0)}
+        return Formulations(**{**defaults, **chosen})
+
+
+AUTO = Formulations()
+
+_PLAIN: dict[str, Any] = dict(
+    self_attention="plain",
+    token_attention="plain",
+    cached_attention="by_head",
+    token_cached_attention="by_head",
+    cached_rotary="by_head",
+    scores="saved",
+    norm="plain",
+    loss="logits",
+    narrow_layers="loop",
+    kernels="cast_in_product",
+    sampler="plain",
+    pallas="compiled",
+    prefill_positions=1024,
+)
+
+_GPU = _PLAIN | dict(prefill_positions=16_384)
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    # The prefill keeps within a CPU's cache.
+    "cpu": _PLAIN | dict(cached_attention="head_by_head", sampler="chunked", pallas="interpreted"),
+    "gpu": _GPU,
+    # At 1024 positions the matrix units are busy; the scores of 2048 are 200 MB.
+    "tpu": _PLAIN
+    | dict(
+        self_attention="splash",
+        token_attention="pallas",
+        cached_attention="block_diagonal",
+        token_cached_attention="elementwise",
+        cached_rotary="product",
+        scores="recomputed",
+        norm="lean",
+        loss="fused",
+        narrow_layers="unrolled",
+        kernels="cast_first",
+    ),
+}
