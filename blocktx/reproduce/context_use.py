@@ -54,8 +54,8 @@ def context_use(
         tokens = rows_RxT[begin : begin + size][host_rows.rows]
         tokens = tokens.reshape(len(tokens), -1, model.config.block_length)
         batch = host_rows.place({"tokens": tokens})
-        sums_2xMxK, moments_2x2 = _score(model, params, batch["tokens"])
-        sums = sums + np.asarray(sums_2xMxK, np.float64)
+        sums_3xMxK, moments_2x2 = _score(model, params, batch["tokens"])
+        sums = sums + np.asarray(sums_3xMxK, np.float64)
         moments += np.asarray(moments_2x2, np.float64)
         count += size
     width = model.config.context_length // _BINS or 1
@@ -88,7 +88,10 @@ def _rows(documents: Documents, context: int, block: int) -> np.ndarray:
 def _score(
     model: Model, params: dict[str, Any], tokens_BxLxK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return sums `[2, N-1, K]` of nats and tokens, and `[2, 2]` sums of effects and squares."""
+    """Return sums of nats, tokens and squared nats, `[3, N-1, K]`, and moments `[2, 2]`.
+
+    The moments are, for fall and exchange, the sums over rows of the effect and of its square.
+    """
     blocks = model.config.blocks
     half, quarter = blocks // 2, blocks // 4
 
@@ -108,6 +111,7 @@ def _score(
             nats(exchanged_BxNxK)[:, last].mean((1, 2)) - true_B,
         ]
     )
-    sums_2xMxK = jnp.stack([true_BxMxK.sum(0), jnp.ones_like(true_BxMxK).sum(0)])
+    terms = (true_BxMxK, jnp.ones_like(true_BxMxK), true_BxMxK**2)
+    sums_3xMxK = jnp.stack([term.sum(0) for term in terms])
     moments_2x2 = jnp.stack([effects_2xB.sum(1), (effects_2xB**2).sum(1)], axis=1)
-    return constrain(sums_2xMxK, None, None, None), constrain(moments_2x2, None, None)
+    return constrain(sums_3xMxK, None, None, None), constrain(moments_2x2, None, None)

@@ -30,10 +30,8 @@ def config_classes() -> list[type]:
     found = {
         cls
         for module in (distill, formulations, model, run, stack)
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if dataclasses.is_dataclass(cls)
-        and cls.__module__ == module.__name__
-        and not cls.__name__.startswith("_")
+        for _, cls in inspect.getmembers(module, dataclasses.is_dataclass)
+        if isinstance(cls, type) and cls.__module__ == module.__name__ and cls.__name__[0] != "_"
     }
     return sorted(found, key=lambda cls: cls.__name__)
 

@@ -240,6 +240,7 @@ def test_rotary_turns_complex_numbers(dims):
     turn = np.exp(1j * position[:, None] * frequency)[:, None]
     turned = (x[..., : dims // 2] + 1j * x[..., dims // 2 : dims]) * turn
     expected = np.concatenate([turned.real, turned.imag, x[..., dims:]], axis=-1)
-    got = rotary(jnp.asarray(x), jnp.asarray(position), dims, 10_000.0)
+    stack = StackConfig(layers=1, width=48, heads=3, rotary_fraction=dims / 16)
+    got = rotary(jnp.asarray(x), jnp.asarray(position), stack)
     np.testing.assert_allclose(got, expected, atol=2e-4, rtol=0)  # float32 angles up to 2047
     np.testing.assert_allclose(got[:4], expected[:4], atol=1e-6, rtol=0)

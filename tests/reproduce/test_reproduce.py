@@ -505,7 +505,7 @@ def test_launch_lists_the_runs_of_each_scale(scale, tmp_path):
     ("flags", "message"),
     [
         (["--study="], "--study: got ''; use all"),
-        (["--study=blocks"], "--study: got 'blocks'; use all, or some of allocation, "),
+        (["--study=blocks"], "--study: got 'blocks'; use all, or some of regime, "),
         (["--study=all", "--seeds=a"], "--seeds: got 'a', expected numbers"),
         (["--study=all", "--report_only", "--output=nowhere"], "run the studies first"),
         ([], "--study is missing"),
