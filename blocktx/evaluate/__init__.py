@@ -23,7 +23,7 @@ from blocktx.evaluate.heldout import (
 )
 from blocktx.evaluate.needle import DEPTHS, PROMPTS, needle_accuracy, plot_accuracy, running_needle
 from blocktx.evaluate.position_curve import Bin, default_bin, plot_losses, position_curve
-from blocktx.evaluate.scoring import iterate_scores, longest_row, score
+from blocktx.evaluate.scoring import Score, iterate_scores, longest_row, score
 
 __all__ = [
     "DEPTHS",
@@ -31,6 +31,7 @@ __all__ = [
     "Bin",
     "Evaluation",
     "Report",
+    "Score",
     "comparison_rows",
     "default_bin",
     "evaluate",
