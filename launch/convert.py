@@ -1,71 +1,109 @@
-r"""Bring models of other code here, and take them back.
+r"""Convert models of other code to runs of blocktx, and back.
 
+    python launch/convert.py hf --checkpoint=HuggingFaceTB/SmolLM2-135M --output=runs/smollm2
     python launch/convert.py official --checkpoint=DIR_OR_FILE --output=runs/block
-    python launch/convert.py neox --checkpoint=EleutherAI/pythia-70m --output=runs/pythia
+    python launch/convert.py to-hf --checkpoint=runs/smollm2 --output=DIR
     python launch/convert.py to-official --checkpoint=runs/block --output=DIR
-    python launch/convert.py to-neox --checkpoint=runs/pythia --output=DIR
 
-Write a run as one safetensors file with our names, for any framework and for all that reads a run:
+`hf` takes Llama, SmolLM2, Mistral, Qwen2.5, Qwen3, GPT-NeoX and Pythia. Give a run its tokenizer
+afterwards:
+
+    python launch/convert.py add-tokenizer --checkpoint=runs/block --tokenizer=tokenizer.json \
+        --output=runs/block-with-tokenizer
+
+Write a run as one safetensors file with the names of blocktx, for any framework:
 
     python launch/convert.py to-safetensors --checkpoint=runs/block --output=DIR
 
-Turn a vanilla model into a block model, and make the blocks of one longer, to train on from there:
+Turn a vanilla model into a block model, and make its blocks longer, to train on from there:
 
-    python launch/convert.py uptrain --from=runs/pythia --method=partition --block-length=4 \
+    python launch/convert.py uptrain --from=runs/smollm2 --method=partition --block-length=4 \
         --output=runs/start
     python launch/convert.py lengthen --from=runs/block --factor=2 --output=runs/start
 
-`COMMAND --help` tells what each one takes.
+`COMMAND --help` lists the flags of a command.
 """
 
 import argparse
 import dataclasses
 import pathlib
 import re
+import shlex
 import sys
 from typing import NoReturn, get_args
 
 import blocktx.convert
-from blocktx.checkpoint import Checkpoint, is_ours, load_params, save_params, tokenizer_file, write
+from blocktx.checkpoint import (
+    Checkpoint,
+    is_ours,
+    load_params,
+    load_tokenizer,
+    save_params,
+    tokenizer_file,
+    write,
+)
 from blocktx.command_line import read_config
 from blocktx.config import DataConfig, RunConfig
-from blocktx.convert import DTYPES, Method, check_new, lengthen, open_checkpoint, uptrain
+from blocktx.convert import DTYPES, MeanEmbedder, Method, check_new, lengthen, uptrain
 from blocktx.cost import count_params
-from blocktx.data import Tokenizer
+from blocktx.data import Tokenizer, read_tokenizer_files
 from blocktx.model import Model, build
+
+_NO_TOKENIZER = "none"  # of --tokenizer
 
 
 def _import(args: argparse.Namespace) -> None:
-    """For official and neox: their checkpoint -> a run folder of ours."""
+    """Run official and hf: a checkpoint of other code -> a run folder."""
     check_new(args.output)
     given = read_config(args.config) if args.config else None
-    data = given.data if given else DataConfig()
-    tokenizer = args.tokenizer or _tokenizer_beside(args.checkpoint)
-    known = tokenizer and _read_tokenizer(tokenizer, data, asked_for=bool(args.tokenizer))
-    load = (
-        blocktx.convert.load_official if args.command == "official" else blocktx.convert.load_neox
-    )
-    model, params = load(args.checkpoint, given and given.model)
-    if not (known and _fits(known, tokenizer, model, asked_for=bool(args.tokenizer))):
-        tokenizer = None
-    save_params(args.output, RunConfig(model=model.config, data=data), params, tokenizer=tokenizer)
+    official = args.command == "official"
+    load = blocktx.convert.load_official if official else blocktx.convert.load_hf
+    problems, model, tokenizer = [], None, None
+    file = args.tokenizer or _tokenizer_beside(args.checkpoint)
+    if file not in (None, _NO_TOKENIZER):
+        try:
+            tokenizer = _read_tokenizer(file, args.end_token, given)
+        except (ValueError, OSError) as error:
+            problems.append(f"--tokenizer: {_without_field(error)}{_hint(args)}")
+    try:
+        model, params = load(
+            args.checkpoint, given and given.model, allow_nonfinite=args.allow_nonfinite
+        )
+    except ValueError as error:
+        problems.append(str(error))
+    if model is not None and tokenizer is not None:
+        problems += [
+            f"--tokenizer: {line}{_hint(args)}" for line in _misfit(tokenizer, file, model)
+        ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    data = _data(given.data if given else DataConfig(), tokenizer)
+    config = RunConfig(model=model.config, data=data)
+    save_params(args.output, config, params, tokenizer=file if tokenizer else None)
     _report(model, args.output)
-    tokens = "" if tokenizer else " --tokenizer=tokenizer.json"
-    print(f"python launch/generate.py --checkpoint={args.output}{tokens} --prompt='...'")
+    if tokenizer:
+        _print_generate(args.output)
+    else:
+        _print_add_tokenizer(args.output)
 
 
 def _export(args: argparse.Namespace) -> None:
-    """For to-official and to-neox: a run folder or checkpoint of ours -> their files."""
+    """Run to-official and to-hf: a run or checkpoint -> files of other code."""
     check_new(args.output)
     run = load_params(args.checkpoint)
     model = build(run.config.model)
     official = args.command == "to-official"
-    convert = blocktx.convert.to_official if official else blocktx.convert.to_neox
-    tensors, config = convert(model, run.params, args.dtype)
-    blocktx.convert.save_folder(args.output, tensors, config, tokenizer=_tokenizer_of(run))
+    convert = blocktx.convert.to_official if official else blocktx.convert.to_hf
+    tensors, config = convert(model, run.params, args.dtype, allow_nonfinite=args.allow_nonfinite)
+    file = _tokenizer_of(run)
+    if file and not official:
+        config |= _token_ids(load_tokenizer(run))
+    more = read_tokenizer_files(file) if file else {}
+    blocktx.convert.save_folder(args.output, tensors, config, more)
     _report(model, args.output)
     if official:
-        print("model.safetensors and official.yaml are what the authors' code loads")
+        print("the authors' code loads model.safetensors and official.yaml; the tensor")
+        print("block_decoder.gpt_neox.embed_in.weight, which it never uses, is written as zeros")
     else:
         print(f"transformers.AutoModelForCausalLM.from_pretrained({args.output!r})")
 
@@ -78,10 +116,24 @@ def _to_safetensors(args: argparse.Namespace) -> None:
     print(f"blocktx.load({args.output!r}), or safetensors alone; config.json describes the run")
 
 
-def _uptrain(args: argparse.Namespace) -> None:
-    """Of uptrain and lengthen: a run or checkpoint of ours -> one for another run to begin with."""
+def _add_tokenizer(args: argparse.Namespace) -> None:
+    """Run add-tokenizer: a run or checkpoint and a tokenizer.json -> a run with that tokenizer."""
     check_new(args.output)
-    _check_ours(args.source, "neox" if args.command == "uptrain" else "official")
+    run = load_params(args.checkpoint)
+    tokenizer = _read_tokenizer(args.tokenizer, args.end_token, None)
+    model = build(run.config.model)
+    for problem in _misfit(tokenizer, args.tokenizer, model):
+        raise ValueError(f"--tokenizer: {problem}")
+    config = dataclasses.replace(run.config, data=_data(run.config.data, tokenizer))
+    save_params(args.output, config, run.params, step=run.step, tokenizer=args.tokenizer)
+    _report(model, args.output)
+    _print_generate(args.output)
+
+
+def _uptrain(args: argparse.Namespace) -> None:
+    """Run uptrain and lengthen: a run or checkpoint -> the start of another run."""
+    check_new(args.output)
+    _check_ours(args.source, "hf" if args.command == "uptrain" else "official")
     run = load_params(args.source)
     try:
         if args.command == "uptrain":
@@ -92,6 +144,9 @@ def _uptrain(args: argparse.Namespace) -> None:
                 block_length=args.block_length,
                 block_layers=args.block_layers,
                 prefix_length=args.prefix_length,
+                token_layers=args.token_layers,
+                embedder=args.embedder,
+                seed=args.seed,
             )
         else:
             model, params = lengthen(run.config.model, run.params, args.factor)
@@ -108,16 +163,17 @@ def _uptrain(args: argparse.Namespace) -> None:
             f"no tokenizer.json in {args.source}; TOKENIZER has to be the one it was trained with"
         )
         more = " --config.data.tokenizer=TOKENIZER"
+    output = args.output.rstrip("/")
     print(
-        f"python launch/train.py --config=configs/uptrain.py:{args.output} "
-        f"--workdir={args.output.rstrip('/')}-trained{more}"
+        f"python launch/train.py --config={shlex.quote(f'configs/uptrain.py:{output}')} "
+        f"--workdir={shlex.quote(f'{output}-trained')}{more}"
     )
 
 
 def _with_flags(message: str) -> str:
-    """A message of uptrain or lengthen, with flags for the names of their arguments."""
-    message = re.sub(r"^(method|factor):", r"--\1:", message, flags=re.MULTILINE)
-    return re.sub(r"\b(block|prefix)_(length|layers)\b", r"--\1-\2", message)
+    """Return a message of uptrain or lengthen with flags in place of argument names."""
+    message = re.sub(r"^(method|factor|embedder):", r"--\1:", message, flags=re.MULTILINE)
+    return re.sub(r"\b(block|prefix|token)_(length|layers)\b", r"--\1-\2", message)
 
 
 def _check_ours(source: str, command: str) -> None:
@@ -127,7 +183,7 @@ def _check_ours(source: str, command: str) -> None:
     )
     if foreign and not is_ours(path):
         raise ValueError(
-            f"--from: {source} is not a run of blocktx; bring it here first: "
+            f"--from: {source} is not a run of blocktx; convert it first: "
             f"python launch/convert.py {command} --checkpoint={source} --output=..."
         )
 
@@ -137,39 +193,76 @@ def _tokenizer_of(run: Checkpoint) -> pathlib.Path | None:
     return pathlib.Path(file) if file.exists() else None
 
 
-def _tokenizer_beside(path: str) -> pathlib.Path | None:
-    folder = open_checkpoint(path).path
-    beside = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
-    return beside if beside.exists() else None
+def _tokenizer_beside(checkpoint: str) -> pathlib.Path | None:
+    """Return the tokenizer.json beside a checkpoint, if there is one."""
+    path = pathlib.Path(checkpoint).expanduser()
+    if not path.exists():
+        path = blocktx.convert.open_checkpoint(checkpoint).path  # of the hub
+    file = (path if path.is_dir() else path.parent) / "tokenizer.json"
+    return file if file.exists() else None
 
 
 def _read_tokenizer(
-    path: str | pathlib.Path, data: DataConfig, *, asked_for: bool
-) -> Tokenizer | None:
-    """What is in the file; None, and a line printed, if it is unusable and nobody asked for it."""
+    file: str | pathlib.Path, end_token: str | None, given: RunConfig | None
+) -> Tokenizer:
+    """Return a tokenizer with the special tokens of the flag, of --config, or of its own files.
+
+    Tokenizers that have the special tokens of this project's defaults, such as Pythia's, use them.
+    """
+    if not pathlib.Path(file).expanduser().is_file():
+        raise ValueError(f"{file} is not a tokenizer.json file")
+    if end_token or given:
+        data = given.data if given else None
+        pad_token = data and data.pad_token
+        return Tokenizer.load(file, end_token or data.end_token, None if end_token else pad_token)
+    default = DataConfig()
     try:
-        if not pathlib.Path(path).expanduser().is_file():
-            raise ValueError(f"{path} is not a tokenizer.json file")
-        return Tokenizer.load(path, data.end_token, data.pad_token)
-    except (ValueError, OSError) as error:
-        problem = str(error).removeprefix("config.data.tokenizer: ")
-        return _refuse_or_skip(path, problem, asked_for)
+        return Tokenizer.load(file, default.end_token, default.pad_token)
+    except ValueError:
+        return Tokenizer.load(file)
 
 
-def _fits(tokenizer: Tokenizer, path: str | pathlib.Path, model: Model, *, asked_for: bool) -> bool:
+def _data(data: DataConfig, tokenizer: Tokenizer | None) -> DataConfig:
+    if tokenizer is None:
+        return data
+    return dataclasses.replace(data, end_token=tokenizer.end_token, pad_token=tokenizer.pad_token)
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+    """Return the fields of config.json that say which tokens are special."""
+    ends = list(tokenizer.end_ids)
+    return {
+        "bos_token_id": next(iter(tokenizer.begin_ids), None),
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _misfit(tokenizer: Tokenizer, file: str | pathlib.Path, model: Model) -> list[str]:
     tokens, rows = tokenizer.vocab_size, model.config.vocab_size
-    if tokens <= rows:
-        return True
-    _refuse_or_skip(
-        path, f"{path} has {tokens} tokens, more than the {rows} of the model", asked_for
+    return [f"{file} has {tokens} tokens, more than the {rows} of the model"] * (tokens > rows)
+
+
+def _without_field(error: Exception) -> str:
+    return str(error).removeprefix("config.data.tokenizer: ")
+
+
+def _hint(args: argparse.Namespace) -> str:
+    """Return the hint for a tokenizer that was found beside a checkpoint."""
+    return "" if args.tokenizer else f"; --tokenizer={_NO_TOKENIZER} leaves it out"
+
+
+def _print_generate(output: str) -> None:
+    print(f"python launch/generate.py --checkpoint={shlex.quote(output)} --prompt='...'")
+
+
+def _print_add_tokenizer(output: str) -> None:
+    with_tokenizer = shlex.quote(f"{output.rstrip('/')}-with-tokenizer")
+    print("no tokenizer.json; to generate text, add the one that the model was trained with:")
+    print(
+        f"python launch/convert.py add-tokenizer --checkpoint={shlex.quote(output)} "
+        f"--tokenizer=TOKENIZER --output={with_tokenizer}"
     )
-    return False
-
-
-def _refuse_or_skip(path: str | pathlib.Path, problem: str, asked_for: bool) -> None:
-    if asked_for:
-        raise ValueError(f"--tokenizer: {problem}")
-    print(f"left out {path}: {problem.removeprefix(str(path)).lstrip()}")
 
 
 def _report(model: Model, output: str) -> None:
@@ -186,43 +279,77 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run, summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    def add(name: str, run, summary: str, **more) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=summary, description=summary, allow_abbrev=False, **more
+        )
         command.set_defaults(run=run)
         command.add_argument("--output", required=True, help="a folder that does not exist yet")
         return command
 
+    def add_allow_nonfinite(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--allow-nonfinite", action="store_true", help="accept weights that are NaN or infinite"
+        )
+
+    end_token = dict(help="the token that ends a document; default: what the tokenizer's files say")
     theirs = {
-        "official": "the authors' Block Transformer -> a run of ours",
-        "neox": "GPT-NeoX or Pythia -> a vanilla run of ours",
+        "official": ("the authors' Block Transformer -> a run", []),
+        "hf": ("Llama, SmolLM2, Mistral, Qwen, GPT-NeoX or Pythia -> a vanilla run", ["neox"]),
     }
-    for name, summary in theirs.items():
-        command = add(name, _import, summary)
+    for name, (summary, aliases) in theirs.items():
+        command = add(name, _import, summary, aliases=aliases)
         command.add_argument(
             "--checkpoint", required=True, help="folder, .safetensors file or hub name"
         )
+        command.add_argument("--config", help="configs/FILE.py:NAME, for what the files do not say")
         command.add_argument(
-            "--config", help="configs/FILE.py:NAME, for what the files do not tell"
+            "--tokenizer", help="its tokenizer.json, or none; default: the one beside it"
         )
-        command.add_argument("--tokenizer", help="its tokenizer.json; default: the one beside it")
-    for name in ("official", "neox"):
-        command = add(f"to-{name}", _export, f"a run of ours -> files for {name}")
+        command.add_argument("--end-token", **end_token)
+        add_allow_nonfinite(command)
+    for name, dtype, aliases in (("official", "float32", []), ("hf", "auto", ["to-neox"])):
+        command = add(f"to-{name}", _export, f"a run -> files for {name}", aliases=aliases)
         command.add_argument("--checkpoint", required=True, help="a run's folder or one step's")
-        command.add_argument("--dtype", choices=DTYPES.values(), default="float32")
+        command.add_argument(
+            "--dtype",
+            choices=(*DTYPES.values(), "auto"),
+            default=dtype,
+            help=f"auto: the narrowest that loses nothing; default: {dtype}",
+        )
+        add_allow_nonfinite(command)
 
-    command = add("to-safetensors", _to_safetensors, "a run of ours -> one safetensors file")
+    command = add("to-safetensors", _to_safetensors, "a run -> one safetensors file")
     command.add_argument("--checkpoint", required=True, help="a run's folder or one step's")
 
-    command = add("uptrain", _uptrain, "a vanilla run of ours -> the start of a block run")
-    command.add_argument("--method", choices=get_args(Method), required=True)
+    command = add("add-tokenizer", _add_tokenizer, "a run's parameters and a tokenizer -> a run")
+    command.add_argument("--checkpoint", required=True, help="a run's folder or one step's")
+    command.add_argument("--tokenizer", required=True, help="a tokenizer.json")
+    command.add_argument("--end-token", **end_token)
+
+    command = add("uptrain", _uptrain, "a vanilla run -> the start of a block run")
+    command.add_argument(
+        "--method",
+        choices=get_args(Method),
+        required=True,
+        help="all: every layer goes to the block decoder, the token decoder gets new ones",
+    )
     command.add_argument("--block-length", type=int, default=4)
     command.add_argument(
         "--block-layers", type=int, help="of the block decoder, for partition; default: half"
     )
+    command.add_argument("--token-layers", type=int, help="new layers, for all; default: 2")
+    command.add_argument(
+        "--embedder",
+        choices=get_args(MeanEmbedder),
+        default="projection",
+        help="each starts at the mean of the tokens' embeddings; default: projection",
+    )
     command.add_argument("--prefix-length", type=int, default=2)
+    command.add_argument("--seed", type=int, default=0, help="of new layers")
     source = dict(dest="source", required=True, help="a run's folder or one step's")
     command.add_argument("--from", **source)
-    command = add("lengthen", _uptrain, "a block run of ours -> the start of one of longer blocks")
+    command = add("lengthen", _uptrain, "a block run -> the start of one of longer blocks")
     command.add_argument("--factor", type=int, default=2)
     command.add_argument("--from", **source)
     return parser

@@ -11,9 +11,10 @@ from blocktx.config.fields import (
     require,
 )
 from blocktx.config.formulations import AUTO, Formulations
-from blocktx.config.stack import StackConfig, heads_divide
+from blocktx.config.stack import StackConfig, heads_divide, require_layers
 
 Dtype = Literal["float32", "bfloat16"]
+MEAN_KINDS = ("mean", "mean_mlp")  # of embedders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +51,11 @@ class EmbedderConfig:
     projection: the rows of a wider table, concatenated and projected.
     encoder: the outputs of an encoder over the tokens, concatenated and projected.
     cls: its outputs at `cls_tokens` CLS tokens before them, projected, or with `concatenate` not.
+    mean: the mean of the rows of a table.
+    mean_mlp: that mean, plus an MLP over the concatenated rows: K*D -> K*D -> D, with SiLU.
     """
 
-    kind: Literal["lookup", "projection", "encoder", "cls"] = "lookup"
+    kind: Literal["lookup", "projection", "encoder", "cls", "mean", "mean_mlp"] = "lookup"
     width: int | None = None  # of a row, for projection; None: the block decoder's
     cls_tokens: int = 3
     concatenate: bool = False
@@ -137,6 +140,19 @@ class BlockConfig(_ModelConfig):
             "bos_id",
             f"got {self.bos_id}, must be a token below vocab_size {self.vocab_size}",
         )
+        require_layers(self.block_decoder, "block_decoder")
+        if self.token_decoder.layers == 0:
+            require(
+                self.conditioning == "prefix",
+                "conditioning",
+                f"{self.conditioning} needs a token decoder with layers; without any, use prefix",
+            )
+        if self.embedder.kind in MEAN_KINDS:
+            require(
+                self.embeddings_per_block == 1,
+                "embeddings_per_block",
+                f"got {self.embeddings_per_block}, a {self.embedder.kind} embedder makes 1",
+            )
         width = self.context_width
         if self.embedder.kind == "lookup":
             require(
@@ -184,14 +200,14 @@ class BlockConfig(_ModelConfig):
         embedder, length = self.embedder, self.block_length
         if embedder.kind == "lookup":
             return length, self.context_width // length
-        if embedder.kind == "projection":
+        if embedder.kind in ("projection", *MEAN_KINDS):
             return length, embedder.width or self.block_decoder.width
         return embedder.cls_tokens if embedder.kind == "cls" else length, embedder.encoder.width
 
     @property
     def embedder_projects(self) -> bool:
         """Whether the embedder projects the concatenated vectors."""
-        return self.embedder.kind != "lookup" and not self.embedder.concatenate
+        return self.embedder.kind not in ("lookup", *MEAN_KINDS) and not self.embedder.concatenate
 
     @property
     def context_width(self) -> int:
@@ -230,6 +246,7 @@ class VanillaConfig(_ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         _require_whole_blocks(self)
+        require_layers(self.decoder, "decoder")
 
 
 def _require_whole_blocks(config: "ModelConfig") -> None:

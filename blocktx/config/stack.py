@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from blocktx.config.fields import check_fields, divisors, positive, require
+from blocktx.config.fields import check_fields, divisors, not_negative, positive, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class StackConfig:
     The defaults are GPT-NeoX (the backbone of Pythia and the paper); `StackConfig.llama` is Llama.
 
     Attributes:
-      layers, width, heads: sizes.
+      layers, width, heads: sizes. A token decoder may have 0 layers, and then no final norm.
       mlp_width: None: 4 * width.
       rotary_fraction: share of each head's channels that rotary positions rotate.
       rotary_base: base of the rotary frequencies.
@@ -111,7 +111,8 @@ class StackConfig:
 
     def __post_init__(self):
         check_fields(self)
-        positive(self, "layers", "width", "heads", "rotary_base", "norm_epsilon")
+        positive(self, "width", "heads", "rotary_base", "norm_epsilon")
+        not_negative(self, "layers")
         for field in ("mlp_width", "key_value_heads", "head_width"):
             if getattr(self, field) is not None:
                 positive(self, field)
@@ -232,6 +233,11 @@ def _preset(
             "use StackConfig(...) for other mixtures",
         )
     return cls(*sizes, **(fields | values))
+
+
+def require_layers(stack: StackConfig, name: str) -> None:
+    """Require at least one layer of the stack in field `name`."""
+    require(stack.layers > 0, f"{name}.layers", "got 0, must be greater than 0")
 
 
 def heads_divide(config: Any) -> None:

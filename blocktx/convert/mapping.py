@@ -1,6 +1,6 @@
-"""Which of their tensors is which of our parameters: one table, used in both directions.
+"""Tables of tensors: which of theirs is which of our parameters, used in both directions.
 
-Shapes on our side are those of layers kept apart (`scan_layers` False).
+Shapes on our side are those of separate layers (`scan_layers` False).
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from blocktx.config import EncoderConfig, ModelConfig, StackConfig
-from blocktx.convert.tensors import DTYPES, TensorInfo
+from blocktx.config import ModelConfig
+from blocktx.convert.tensors import DTYPES, TensorInfo, shortened
 from blocktx.model import build, init_params, stack_layers, unstack_layers
 
 # Buffers that some versions of transformers save. They are computed, not trained.
@@ -21,19 +21,18 @@ _BUFFERS = re.compile(
     r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq"
     r"|embeddings\.(position_ids|token_type_ids))"
 )
-
-
 _LAYER = re.compile(r".*\blayers?[._]\d+[./]")
+AUTO = "auto"  # a dtype: the narrowest that represents all values exactly
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of our arrays: their tensors, joined on the first axis, taken apart and reordered."""
+    """One of our arrays: their tensors concatenated on the first axis, reshaped and transposed."""
 
     ours: str  # a path such as embed/embedding
     theirs: tuple[str, ...]
     shape: tuple[int, ...]  # of each of theirs
-    split: tuple[int, ...]  # all of theirs together, with every factor on an axis of its own
+    split: tuple[int, ...]  # of the concatenation, with every factor on an axis of its own
     axes: tuple[int, ...]  # the order of those axes in ours
 
     @property
@@ -50,14 +49,17 @@ class Entry:
 
 
 def table(ours: str, theirs: str, rows: int, width: int) -> Entry:
+    """Return the entry of an embedding table."""
     shape = (rows, width)
     return Entry(f"{ours}/embedding", (f"{theirs}.weight",), shape, shape, (0, 1))
 
 
-def norm(ours: str, theirs: str, width: int) -> list[Entry]:
+def norm(ours: str, theirs: str, width: int, *, bias: bool = True) -> list[Entry]:
+    """Return the entries of a LayerNorm, or without `bias` of an RMSNorm."""
+    names = [("scale", "weight"), ("bias", "bias")][: 1 + bias]
     return [
         Entry(f"{ours}/{mine}", (f"{theirs}.{its}",), (width,), (width,), (0,))
-        for mine, its in (("scale", "weight"), ("bias", "bias"))
+        for mine, its in names
     ]
 
 
@@ -72,10 +74,15 @@ def linear(
     shape: tuple[int, ...] | None = None,
     bias: bool = True,
 ) -> list[Entry]:
-    """Their weight `[outputs, inputs]` and bias -> our kernel `[inputs, outputs]` and bias.
+    """Return the entries of a projection: weight `[outputs, inputs]` and bias.
 
-    `outputs` and `inputs` are factored as theirs are ordered; the orders say which factor stands
-    where in ours. `shape` is that of their weight where it has axes of another kind (Conv1d).
+    Args:
+      ours: path of our projection, whose kernel is `[inputs, outputs]`.
+      theirs: name of their projection, or of several that are concatenated.
+      outputs, inputs: the factors of either axis, in their order.
+      out_order, in_order: the order of those factors in our kernel; None: the same.
+      shape: of their weight, if it has axes of another kind (Conv1d).
+      bias: whether there is one.
     """
     names = (theirs,) if isinstance(theirs, str) else theirs
     out_axes = out_order or tuple(range(len(outputs)))
@@ -89,119 +96,89 @@ def linear(
     return entries
 
 
-def neox_stack(ours: str, theirs: str, stack: StackConfig) -> list[Entry]:
-    """Layers and final norm; their queries, keys and values are fused head by head."""
-    width, heads, size, hidden = stack.width, stack.heads, stack.head_size, stack.mlp_size
-    entries = norm(f"{ours}/final_norm", f"{theirs}.final_layer_norm", width)
-    for i in range(stack.layers):
-        o, t = f"{ours}/layers_{i}", f"{theirs}.layers.{i}"
-        qkv = f"{t}.attention.query_key_value"
-        entries += [
-            *linear(f"{o}/attention/qkv", qkv, (heads, 3, size), (width,), out_order=(1, 0, 2)),
-            *linear(f"{o}/attention/out", f"{t}.attention.dense", (width,), (heads, size)),
-            *norm(f"{o}/attention_norm", f"{t}.input_layernorm", width),
-            *norm(f"{o}/mlp_norm", f"{t}.post_attention_layernorm", width),
-            *linear(f"{o}/mlp/up", f"{t}.mlp.dense_h_to_4h", (hidden,), (width,)),
-            *linear(f"{o}/mlp/down", f"{t}.mlp.dense_4h_to_h", (width,), (hidden,)),
-        ]
-    return entries
-
-
-def roberta(ours: str, theirs: str, encoder: EncoderConfig, vocab: int, rows: int) -> list[Entry]:
-    """The encoder, with `rows` positions; queries, keys and values are separate tensors."""
-    width, heads, hidden = encoder.width, encoder.heads, encoder.mlp_size
-    size = width // heads
-    embeddings = f"{theirs}.embeddings"
-    entries = [
-        table(f"{ours}/tokens", f"{embeddings}.word_embeddings", vocab, width),
-        table(f"{ours}/positions", f"{embeddings}.position_embeddings", rows, width),
-        table(f"{ours}/type", f"{embeddings}.token_type_embeddings", 1, width),
-        *norm(f"{ours}/embedding_norm", f"{embeddings}.LayerNorm", width),
-    ]
-    for i in range(encoder.layers):
-        o, t = f"{ours}/layer_{i}", f"{theirs}.encoder.layer.{i}"
-        qkv = tuple(f"{t}.attention.self.{name}" for name in ("query", "key", "value"))
-        entries += [
-            *linear(f"{o}/qkv", qkv, (3, heads, size), (width,)),
-            *linear(f"{o}/out", f"{t}.attention.output.dense", (width,), (heads, size)),
-            *norm(f"{o}/attention_norm", f"{t}.attention.output.LayerNorm", width),
-            *linear(f"{o}/mlp/up", f"{t}.intermediate.dense", (hidden,), (width,)),
-            *linear(f"{o}/mlp/down", f"{t}.output.dense", (width,), (hidden,)),
-            *norm(f"{o}/mlp_norm", f"{t}.output.LayerNorm", width),
-        ]
-    return entries
-
-
 def check_tensors(
     entries: Iterable[Entry],
     found: Mapping[str, TensorInfo],
     optional: Mapping[str, tuple[int, ...]] | None = None,
     lost: Collection[str] = (),
 ) -> list[str]:
-    """Everything that keeps `found` from being the tensors of `entries` and any of `optional`.
+    """Return all differences between `found` and the tensors of `entries`.
 
-    Of those that are `lost`, it is known already that they are missing.
+    Args:
+      entries: the table.
+      found: the tensors of the checkpoint.
+      optional: shapes of tensors that may be there too.
+      lost: names that are known to be missing, and reported already.
     """
     expected = {name: e.shape for e in entries for name in e.theirs if name not in lost}
     shapes = {name: info.shape for name, info in found.items() if not _BUFFERS.fullmatch(name)}
-    problems = _differences("tensor", expected, shapes, optional or {})
-    for name in sorted(expected.keys() & found.keys()):
-        if found[name].dtype not in DTYPES:
-            problems.append(f"{name}: dtype {found[name].dtype}, must be {', '.join(DTYPES)}")
-    return problems
-
-
-def check_names(
-    entries: Iterable[Entry],
-    found: Mapping[str, TensorInfo],
-    optional: Collection[str] = (),
-    lost: Collection[str] = (),
-) -> list[str]:
-    """The same where the shapes of `entries` mean nothing, because sizes cannot be told."""
-    entries = [dataclasses.replace(entry, shape=()) for entry in entries]
-    infos = {name: dataclasses.replace(info, shape=()) for name, info in found.items()}
-    problems = check_tensors(entries, infos, dict.fromkeys(optional, ()), lost)
-    return [problem.removesuffix(" ()") for problem in problems]
+    problems = differences("tensor", expected, shapes, optional or {})
+    wrong = [
+        f"{name}: dtype {found[name].dtype}, must be {', '.join(DTYPES)}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].dtype not in DTYPES
+    ]
+    return problems + shortened(wrong, "tensors of another dtype")
 
 
 def check_ours(entries: Iterable[Entry], config: ModelConfig) -> None:
-    """Asserts that `entries` are the parameters of the model (else this table is wrong)."""
+    """Assert that `entries` are the parameters of the model; otherwise the table is wrong."""
     model = build(dataclasses.replace(config, scan_layers=False))
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     shapes = {path: leaf.shape for path, leaf in _by_path(params).items()}
-    problems = _differences("parameter", shapes, {e.ours: e.our_shape for e in entries}, {})
+    problems = differences("parameter", shapes, {e.ours: e.our_shape for e in entries}, {})
     if problems:
         raise AssertionError("\n".join(["a bug in blocktx.convert:", *problems]))
 
 
 def to_params(
-    entries: Iterable[Entry], read: Callable[[str], np.ndarray], *, stacked: bool, dtype: str
-) -> dict[str, Any]:
-    """Our nested parameters, numpy arrays of `dtype`; `read` gives the tensor of a name."""
+    entries: Iterable[Entry],
+    read: Callable[[str], np.ndarray],
+    *,
+    stacked: bool,
+    dtype: str,
+    allow_nonfinite: bool = False,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return our nested parameters, NumPy arrays of `dtype`, and the tensors that are not finite.
+
+    `read` returns the tensor of a name.
+    """
     params: dict[str, Any] = {}
+    problems = []
     for entry in entries:
         *parents, leaf = entry.ours.split("/")
         node = params
         for name in parents:
             node = node.setdefault(name, {})
-        node[leaf] = entry.to_ours([read(name) for name in entry.theirs]).astype(dtype, copy=False)
-    return jax.tree.map(np.asarray, stack_layers(params)) if stacked else params
+        tensors = [read(name) for name in entry.theirs]
+        if not allow_nonfinite:
+            problems += _nonfinite(zip(entry.theirs, tensors, strict=True))
+        node[leaf] = entry.to_ours(tensors).astype(dtype, copy=False)
+    problems = shortened(problems, "tensors that are not finite")
+    return jax.tree.map(np.asarray, stack_layers(params)) if stacked else params, problems
 
 
 def to_tensors(
-    entries: list[Entry], params: Mapping[str, Any], *, stacked: bool, dtype: str
+    entries: list[Entry],
+    params: Mapping[str, Any],
+    *,
+    stacked: bool,
+    dtype: str,
+    allow_nonfinite: bool = False,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Their tensors, in `dtype`, and everything that keeps `params` from being these `entries`."""
-    if dtype not in DTYPES.values():
-        return {}, [f"dtype: got {dtype!r}; use one of {', '.join(DTYPES.values())}"]
+    """Return their tensors in `dtype`, and all reasons why `params` are not these `entries`."""
+    if dtype not in (AUTO, *DTYPES.values()):
+        return {}, [f"dtype: got {dtype!r}; use one of {', '.join((*DTYPES.values(), AUTO))}"]
     whole = jax.tree.map(np.asarray, dict(params))
     arrays = _by_path(unstack_layers(whole) if stacked else whole)
     expected = {entry.ours: entry.our_shape for entry in entries}
     shapes = {name: array.shape for name, array in arrays.items()}
-    problems = _differences("parameter", expected, shapes, {})
+    problems = differences("parameter", expected, shapes, {})
     if problems:
         return {}, problems
+    dtype = _narrowest(arrays.values()) if dtype == AUTO else dtype
     tensors: dict[str, np.ndarray] = {}
+    infinite = []
     for entry in entries:
         for name, array in zip(entry.theirs, entry.to_theirs(arrays[entry.ours]), strict=True):
             with np.errstate(over="ignore"):
@@ -210,7 +187,29 @@ def to_tensors(
             if lost.any():
                 largest = float(np.abs(array[lost]).max())
                 problems.append(f"{name}: up to {largest:.4g}, too large for {dtype}")
-    return tensors, problems
+            elif not allow_nonfinite:
+                infinite += _nonfinite([(name, array)])
+    return tensors, problems + shortened(infinite, "tensors that are not finite")
+
+
+def _nonfinite(tensors: Iterable[tuple[str, np.ndarray]]) -> list[str]:
+    counts = {name: int((~np.isfinite(tensor)).sum()) for name, tensor in tensors}
+    return [
+        f"{name}: {count} values are NaN or infinite" for name, count in counts.items() if count
+    ]
+
+
+def _narrowest(arrays: Iterable[np.ndarray]) -> str:
+    """Return the first of bfloat16, float16 and float32 that represents all values exactly."""
+    wide = [array.astype(np.float32, copy=False) for array in arrays]
+    for dtype in ("bfloat16", "float16"):
+        with np.errstate(over="ignore"):
+            if all(
+                np.array_equal(array.astype(dtype).astype(np.float32), array, equal_nan=True)
+                for array in wide
+            ):
+                return dtype
+    return "float32"
 
 
 def _by_path(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,32 +217,43 @@ def _by_path(params: Mapping[str, Any]) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
-def _differences(
+def differences(
     what: str,
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
     optional: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
-    problems = []
+    """Return a line for everything that is missing, extra or of another shape.
+
+    A layer that is missing as a whole is one line. Of a long list, ten lines and the count.
+    """
     allowed = {**optional, **expected}
-    layers: dict[str, list[str]] = {}  # of which nothing is there
+    layers: dict[str, list[str]] = {}  # the layers of which nothing is found
     for name in expected:
         if match := _LAYER.match(name):
             layers.setdefault(match[0], []).append(name)
     for name in found:
         if match := _LAYER.match(name):
             layers.pop(match[0], None)
-    absent = {name: layer for layer, names in layers.items() for name in names}
+    absent = {name for names in layers.values() for name in names}
+    lines: dict[str, list[str]] = {"missing layers": [], "missing": [], "extra": [], "shapes": []}
+    for layer, names in layers.items():
+        lines["missing layers"].append(
+            f"missing layer {layer.rstrip('./')}, all {len(names)} {what}s of it"
+        )
     for name in sorted(expected.keys() | found.keys()):
         if name in absent:
-            names = layers.pop(absent[name], [])
-            if names:
-                layer = absent[name].rstrip("./")
-                problems.append(f"missing layer {layer}, all {len(names)} {what}s of it")
-        elif name not in found:
-            problems.append(f"missing {what} {name} {expected[name]}")
+            continue
+        if name not in found:
+            lines["missing"].append(f"missing {what} {name} {expected[name]}")
         elif name not in allowed:
-            problems.append(f"extra {what} {name} {found[name]}")
+            lines["extra"].append(f"extra {what} {name} {found[name]}")
         elif found[name] != allowed[name]:
-            problems.append(f"{name}: shape {found[name]}, expected {allowed[name]}")
-    return problems
+            lines["shapes"].append(f"{name}: shape {found[name]}, expected {allowed[name]}")
+    kinds = {
+        "missing layers": "missing layers",
+        "missing": f"missing {what}s",
+        "extra": f"extra {what}s",
+        "shapes": f"{what}s of another shape",
+    }
+    return [line for kind, name in kinds.items() for line in shortened(lines[kind], name)]

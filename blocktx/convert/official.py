@@ -1,34 +1,38 @@
 """Block Transformers of the authors' PyTorch code (github.com/itsnamgyu/block-transformer)."""
 
+import dataclasses
 import os
 from typing import Any
 
 import numpy as np
 
-from blocktx.config import BlockConfig, EmbedderConfig, EncoderConfig, StackConfig
-from blocktx.convert import architecture, mapping, official_config, official_json
-from blocktx.convert.architecture import Shapes
-from blocktx.convert.tensors import check_foreign, open_checkpoint, raise_all
+from blocktx.config import BlockConfig
+from blocktx.convert import hf_config, mapping, official_config
+from blocktx.convert.agreement import differences
+from blocktx.convert.stacks import neox_stack, roberta
+from blocktx.convert.tensors import Checkpoint, check_foreign, open_checkpoint, raise_all
 from blocktx.model import BlockTransformer, Model, build
 
-# In their checkpoints and unused: the block decoder is fed with embeddings of blocks.
+# Their checkpoints have it, and it is unused: the block decoder's inputs are block embeddings.
 _UNUSED = "block_decoder.gpt_neox.embed_in.weight"
 
 
 def load_official(
-    path: str | os.PathLike[str], config: BlockConfig | None = None
+    path: str | os.PathLike[str],
+    config: BlockConfig | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> tuple[BlockTransformer, dict[str, Any]]:
-    """A Block Transformer of the authors.
-
-    Sizes come from the tensors, the rest from config.json and `config`, which have to agree with
-    them and with each other. Tensors do not tell heads.
+    """Load a Block Transformer of the authors.
 
     Args:
       path: a folder, a .safetensors file, or a hub name (see `open_checkpoint`).
-      config: also decides what the others do not know (`scan_layers`, dtypes, `context_length`).
+      config: needed if there is no config.json; its architecture has to be that of config.json. It
+        decides what config.json does not know: `scan_layers`, dtypes, `context_length`.
+      allow_nonfinite: accept weights that are NaN or infinite.
 
     Returns:
-      The model and its parameters, numpy arrays of `param_dtype`.
+      The model and its parameters, NumPy arrays of `param_dtype`.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
@@ -37,61 +41,112 @@ def load_official(
     if config is not None and config.kind != "block":
         raise ValueError("config: a Block Transformer needs the configuration of a block model")
     checkpoint = open_checkpoint(path)
-    names, shapes, lost = checkpoint.tensors, checkpoint.shapes, checkpoint.lost
-    problems = list(checkpoint.problems)
+    shapes = checkpoint.shapes
     if any(name.startswith("token_decoder.decoder.") for name in shapes):
         t5 = "the token decoder is T5's, with cross-attention, which has no counterpart here"
         raise_all(path, [t5])
     if "embed_out.weight" in shapes and "gpt_neox.final_layer_norm.weight" in shapes:
-        raise_all(path, ["a vanilla GPT-NeoX model, not a Block Transformer (use neox)"])
-    sections = tuple(f"{name}." for name in official_json.SECTIONS)
+        raise_all(path, ["a vanilla GPT-NeoX model, not a Block Transformer (use hf)"])
+    problems = list(checkpoint.problems)
+    sections = tuple(f"{name}." for name in official_config.SECTIONS)
     foreign = check_foreign("a Block Transformer", sections, shapes)
     if foreign:
         raise_all(path, problems + foreign)
-    problems += _unsupported(config) if config is not None else []
-    config, wrong = official_config.configure(checkpoint, config)
+    config, wrong = _configure(checkpoint, config)
     problems += wrong
-    if config is not None:
-        table = _table(config)
-        unused = {_UNUSED: (config.vocab_size, config.block_decoder.width)}
-        problems += mapping.check_tensors(table, names, unused, lost)
-    else:
-        table, other = _tables_of_any_size(shapes)
-        optional = {name for entry in other for name in entry.theirs} | {_UNUSED}
-        problems += mapping.check_names(table, names, optional, lost)
+    if config is None:
+        raise_all(path, problems)
+    table = _table(config)
+    unused = {_UNUSED: (config.vocab_size, config.block_decoder.width)}
+    problems += mapping.check_tensors(table, checkpoint.tensors, unused, checkpoint.lost)
     raise_all(path, problems)
     mapping.check_ours(table, config)
-    params = mapping.to_params(
-        table, checkpoint.read, stacked=config.scan_layers, dtype=config.param_dtype
+    params, problems = mapping.to_params(
+        table,
+        checkpoint.read,
+        stacked=config.scan_layers,
+        dtype=config.param_dtype,
+        allow_nonfinite=allow_nonfinite,
     )
+    raise_all(path, problems)
     return build(config), params
 
 
 def to_official(
-    model: Model, params: dict[str, Any], dtype: str = "float32"
+    model: Model,
+    params: dict[str, Any],
+    dtype: str = "float32",
+    *,
+    allow_nonfinite: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors in `dtype`, as the authors' code loads them, and what describes them.
+    """Convert a block model to the tensors that the authors' code loads, and a config.json.
 
-    The second has the fields that `load_official` reads from config.json, and under `official_yaml`
-    the model's part of a configuration file of the authors.
+    All tensors of a model that was loaded come back byte for byte, but for
+    `block_decoder.gpt_neox.embed_in.weight`: their code loads and never uses it, a model here does
+    not have it, and it is written as zeros.
+
+    The config.json has the fields that `load_official` reads, and under `official_yaml` the model's
+    part of a configuration file of the authors.
+
+    Args:
+      model: a block model.
+      params: its parameters.
+      dtype: of the tensors, as of `to_hf`.
+      allow_nonfinite: accept weights that are NaN or infinite.
 
     Raises:
       ValueError: the authors' code has no such model, or `params` are not its parameters.
     """
     config = model.config
     if config.kind != "block":
-        raise ValueError("a vanilla model cannot become a Block Transformer; use to_neox")
+        raise ValueError("a vanilla model cannot become a Block Transformer; use to_hf")
     raise_all("the model", _unsupported(config))
     tensors, problems = mapping.to_tensors(
-        _table(config), params, stacked=config.scan_layers, dtype=dtype
+        _table(config),
+        params,
+        stacked=config.scan_layers,
+        dtype=dtype,
+        allow_nonfinite=allow_nonfinite,
     )
     raise_all("the parameters", problems)
+    dtype = next(iter(tensors.values())).dtype.name
     tensors[_UNUSED] = np.zeros((config.vocab_size, config.block_decoder.width), dtype)
-    return tensors, official_json.to_json(config, dtype)
+    return tensors, official_config.write(config, dtype)
+
+
+def _configure(
+    checkpoint: Checkpoint, config: BlockConfig | None
+) -> tuple[BlockConfig | None, list[str]]:
+    """Return the configuration, if it is known, and all that is wrong with it."""
+    json = checkpoint.config
+    rows = checkpoint.shapes.get("embedder.embeddings.position_embeddings.weight", ())
+    if config is not None and config.embedder.encoder.positions is None and len(rows) == 2:
+        config = _with_positions(config, rows[0])  # as many as are used, or more
+    if checkpoint.path.is_file() and json is not None and "block_decoder" not in json:
+        json = None  # beside a single file there may be the config.json of another model
+    unsupported = [] if config is None else _unsupported(config)
+    if json is None:
+        if config is None:
+            return None, ["config.json: absent; give the folder that has it, or a configuration"]
+        return None if unsupported else config, unsupported
+    described, problems = official_config.read(json)
+    if config is None or described is None or unsupported:
+        return described, problems + unsupported
+    different = differences(described, config)
+    return described if different else config, problems + different
+
+
+def _with_positions(config: BlockConfig, positions: int) -> BlockConfig:
+    encoder = dataclasses.replace(config.embedder.encoder, positions=positions)
+    embedder = dataclasses.replace(config.embedder, encoder=encoder)
+    try:
+        return dataclasses.replace(config, embedder=embedder)
+    except ValueError:  # too few for the blocks
+        return config
 
 
 def _unsupported(config: BlockConfig) -> list[str]:
-    """Why `config` has no counterpart among the authors' models."""
+    """Return the reasons why `config` has no counterpart among the authors' models."""
     problems = []
     if config.conditioning == "cross_attention":
         problems.append("conditioning: cross_attention is T5's in the authors' code, not ours")
@@ -100,6 +155,17 @@ def _unsupported(config: BlockConfig) -> list[str]:
             f"embeddings_per_block: got {config.embeddings_per_block}; the authors project the "
             "tokens of each embedding separately, so only 1 can be converted"
         )
+    if config.tied_classifier:
+        problems.append("tied_classifier: got True; the authors' classifiers are not tied")
+    if config.embedder.kind in ("mean", "mean_mlp"):
+        problems.append(f"embedder.kind: got {config.embedder.kind!r}, which the authors lack")
+    for name in ("block_decoder", "token_decoder"):
+        family, reasons = hf_config.stack_family(getattr(config, name))
+        if family != "gpt_neox":
+            reasons = reasons or [f"got one of {family}; the authors' stacks are GPT-NeoX's"]
+        problems += [
+            f"{name}.{reason}" if ":" in reason else f"{name}: {reason}" for reason in reasons
+        ]
     return problems
 
 
@@ -109,7 +175,7 @@ def _table(config: BlockConfig) -> list[mapping.Entry]:
     vectors = config.prefix_length if is_prefix else config.block_length
     return [
         *_embedder_table(config),
-        *mapping.neox_stack("block_decoder/stack", "block_decoder.gpt_neox", config.block_decoder),
+        *neox_stack("block_decoder/stack", "block_decoder.gpt_neox", config.block_decoder),
         mapping.table("token_decoder/embed", "token_decoder.gpt_neox.embed_in", vocab, inner),
         *mapping.linear(
             "token_decoder/expansion",
@@ -118,7 +184,7 @@ def _table(config: BlockConfig) -> list[mapping.Entry]:
             (width,),
             shape=(vectors * inner, width, 1),
         ),
-        *mapping.neox_stack("token_decoder/stack", "token_decoder.gpt_neox", config.token_decoder),
+        *neox_stack("token_decoder/stack", "token_decoder.gpt_neox", config.token_decoder),
         *mapping.linear(
             "token_decoder/classifier", "token_decoder.embed_out", (vocab,), (inner,), bias=False
         ),
@@ -136,7 +202,7 @@ def _embedder_table(config: BlockConfig) -> list[mapping.Entry]:
     else:
         row = embedder.encoder.width
         rows = embedder.cls_tokens if embedder.kind == "cls" else config.block_length
-        entries = mapping.roberta(
+        entries = roberta(
             "embedder/encoder", "embedder", embedder.encoder, vocab, config.encoder_positions
         )
     if embedder.kind == "lookup" or embedder.concatenate:
@@ -149,31 +215,3 @@ def _embedder_table(config: BlockConfig) -> list[mapping.Entry]:
         in_order=(1, 0),
         shape=(width, row, rows),
     )
-
-
-def _tables_of_any_size(shapes: Shapes) -> tuple[list[mapping.Entry], list[mapping.Entry]]:
-    """Entries whose names alone mean something: those of every model, and those of some."""
-    stacks = {}
-    for name in ("block_decoder", "token_decoder"):
-        layers = architecture.stack_from_shapes(shapes, f"{name}.gpt_neox").get("layers", 1)
-        stacks[name] = StackConfig(layers=layers, width=8, heads=1)
-    layers = architecture.encoder_from_shapes(shapes, "embedder").get("layers", 1)
-    encoder = EncoderConfig(layers=layers, width=8, heads=1)
-    kinds = {
-        kind: _table(
-            BlockConfig(
-                vocab_size=1,
-                context_length=8,
-                embedder=EmbedderConfig(kind=kind, encoder=encoder),
-                **stacks,
-            )
-        )
-        for kind in ("lookup", "projection", "encoder")
-    }
-    is_encoder = any(name.startswith("embedder.encoder.") for name in shapes)
-    table = [
-        entry
-        for entry in kinds["encoder" if is_encoder else "lookup"]
-        if not entry.ours.startswith("embedder/projection/")
-    ]
-    return table, kinds["encoder"] if is_encoder else kinds["projection"]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from blocktx.data.preparation import prepare_folder
     from blocktx.data.sources import parse_sources
     from blocktx.data.tokenizer import Tokenizer
-    from blocktx.data.tokenizer_files import copy_tokenizer
+    from blocktx.data.tokenizer_files import copy_tokenizer, read_tokenizer_files
 
 __all__ = [
     "PACKING",
@@ -50,6 +50,7 @@ __all__ = [
     "prepare",
     "prepare_folder",
     "read_in_memory",
+    "read_tokenizer_files",
     "sources_seen",
     "text_batches",
     "train_tokenizer",
@@ -70,7 +71,7 @@ _MODULES = {
     "preparation": ("prepare_folder",),
     "sources": ("parse_sources",),
     "tokenizer": ("Tokenizer",),
-    "tokenizer_files": ("copy_tokenizer",),
+    "tokenizer_files": ("copy_tokenizer", "read_tokenizer_files"),
 }
 
 

@@ -19,8 +19,8 @@ from blocktx.data.tokenizer_files import (
     find_tokenizer,
     read_companions,
     special_token_names,
-    write_files,
 )
+from blocktx.files import write_atomic
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Tokens of the prompt that a continuation is decoded after. A character has at most 4 bytes, and a
@@ -232,7 +232,9 @@ class Tokenizer:
         Each file is written atomically.
         """
         path = epath.Path(path)
-        write_files(path.parent, self._tokenizer.to_str(pretty=True), self._companions, path.name)
+        for name, text in self._companions.items():
+            write_atomic(path.parent / name, text)
+        write_atomic(path, self._tokenizer.to_str(pretty=True))
 
     @functools.cached_property
     def _with_special_tokens(self) -> tokenizers.Tokenizer:

@@ -63,7 +63,7 @@ def read_companions(file: epath.PathLike) -> dict[str, str]:
 
     If there is no generation_config.json, the end tokens of a model's config.json take its place.
     """
-    folder = epath.Path(file).parent
+    folder = epath.Path(file).expanduser().parent
     found = {name: folder / name for name in _COMPANIONS}
     texts = {name: _text(path) for name, path in found.items() if path.is_file()}
     if "generation_config.json" not in texts and (folder / "config.json").is_file():
@@ -74,20 +74,15 @@ def read_companions(file: epath.PathLike) -> dict[str, str]:
     return texts
 
 
+def read_tokenizer_files(file: epath.PathLike) -> dict[str, str]:
+    """Return the contents, by name, of a tokenizer.json and of the files that accompany it."""
+    return {**read_companions(file), "tokenizer.json": _text(epath.Path(file).expanduser())}
+
+
 def copy_tokenizer(file: epath.PathLike, folder: epath.PathLike) -> None:
     """Copy a tokenizer.json and the files that accompany it into an existing folder."""
-    write_files(folder, _text(epath.Path(file).expanduser()), read_companions(file))
-
-
-def write_files(
-    folder: epath.PathLike,
-    tokenizer: str,
-    companions: Mapping[str, str],
-    name: str = "tokenizer.json",
-) -> None:
-    """Write the file `name` with the content `tokenizer`, and its companions, each atomically."""
-    for file, text in {**companions, name: tokenizer}.items():
-        write_atomic(epath.Path(folder) / file, text)
+    for name, text in read_tokenizer_files(file).items():
+        write_atomic(epath.Path(folder) / name, text)
 
 
 def end_token_ids(companions: Mapping[str, str]) -> list[int]:

@@ -59,7 +59,7 @@ class Encoder(nn.Module):
 class Embedder(nn.Module):
     """All kinds of `EmbedderConfig`.
 
-    The lookup and projection embedders treat padding as content: it contributes its row.
+    All embedders but encoder and cls treat padding as content: it contributes its row.
     """
 
     config: BlockConfig
@@ -68,7 +68,7 @@ class Embedder(nn.Module):
     def __call__(self, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
         """Return the n embeddings `[n, D]` of a block whose real tokens `mask_K` marks."""
         config = self.config
-        if config.embedder.kind in ("lookup", "projection"):
+        if config.embedder.kind in ("lookup", "projection", "mean", "mean_mlp"):
             rows_RxD = embedding(config, config.embedder_rows[1], name="tokens")(tokens_K)
         else:
             rows_RxD = self._encode(tokens_K, mask_K)
@@ -77,7 +77,20 @@ class Embedder(nn.Module):
             width = config.context_width
             project = linear(config, width, axis=(-2, -1), name="projection", axes=axes)
             rows_RxD = project(rows_RxD)
+        elif config.embedder.kind in ("mean", "mean_mlp"):
+            rows_RxD = self._mean(rows_RxD)
         return rows_RxD.reshape(config.embeddings_per_block, config.block_decoder.width)
+
+    def _mean(self, rows_KxD: jax.Array) -> jax.Array:
+        """Return the mean row `[D]`, plus for mean_mlp an MLP over all rows."""
+        config, (length, width) = self.config, self.config.embedder_rows
+        mean_D = rows_KxD.mean(0)
+        if config.embedder.kind == "mean":
+            return mean_D
+        hidden, axes = length * width, ("positions", "width", "mlp")
+        up = linear(config, hidden, axis=(-2, -1), name="mlp_up", axes=axes)
+        down = linear(config, width, name="mlp_down", axes=("mlp", "width"))
+        return mean_D + down(nn.silu(up(rows_KxD)))
 
     def _encode(self, tokens_K: jax.Array, mask_K: jax.Array) -> jax.Array:
         embedder = self.config.embedder

@@ -81,7 +81,8 @@ class TokenDecoder(nn.Module):
         self, x_TxE: jax.Array, start: jax.Array | int, cache: TokenCache
     ) -> tuple[jax.Array, TokenCache]:
         position_T = start + jnp.arange(x_TxE.shape[0])
-        mask_TxS = causal_mask(position_T, cache.layers[0].k_SxE.shape[0])
+        slots = cache.layers[0].k_SxE.shape[0] if cache.layers else 1
+        mask_TxS = causal_mask(position_T, slots)
         hidden_TxE, layers = self._run(
             x_TxE, position_T, mask_TxS, cache.condition_KxE, cache.layers, start
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from blocktx.config.model import BlockConfig, StackConfig
+from blocktx.config import BlockConfig, EmbedderConfig, StackConfig
 from blocktx.convert import load_official, save_folder, to_official
 from blocktx.model.build import build
 from tests.helpers import golden
@@ -81,27 +81,43 @@ def test_config_and_config_json_may_both_be_there_and_have_to_agree(folder):
     )
     message = refusal(folder, other)
     assert "block_decoder.heads: config.json 4, configuration 8" in message
-    assert "block_decoder.layers: tensors 3, config.json 3, configuration 2" in message
+    assert "block_decoder.layers: config.json 3, configuration 2" in message
     assert "bos_id: config.json 0, configuration 5" in message
 
 
-def test_shapes_alone_do_not_tell_heads(tmp_path):
+def test_without_config_json_a_configuration_is_needed(tmp_path):
     stack = StackConfig(layers=1, width=128, heads=4)
     config = BlockConfig(
         vocab_size=97, context_length=2048, block_decoder=stack, token_decoder=stack
     )
     model = build(config)
     tensors = to_official(model, random_params(model))[0]
-    save_file(tensors | {"token_decoder.x": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
+    file = tmp_path / "x.safetensors"
+    save_file(tensors | {"token_decoder.x": np.zeros(3, np.float32)}, file)
     assert refusal(tmp_path).splitlines()[1:] == [
-        f"  {name}.heads: cannot be told from the tensors; give a config.json or a configuration "
-        "that has them"
-        for name in ("block_decoder", "token_decoder")
-    ] + ["  extra tensor token_decoder.x (3,)"]
-    save_file(tensors, tmp_path / "x.safetensors")
-    assert load_official(tmp_path, config)[0] == model
-    prefix = dataclasses.replace(config, prefix_length=4)
-    model = build(prefix)
-    save_file(to_official(model, random_params(model))[0], tmp_path / "x.safetensors")
-    assert "conditioning: cannot be told" in refusal(tmp_path)  # prefix of 4, or summation
-    assert load_official(tmp_path, prefix)[0] == model
+        "  config.json: absent; give the folder that has it, or a configuration"
+    ]
+    assert refusal(tmp_path, config).splitlines()[1:] == ["  extra tensor token_decoder.x (3,)"]
+    save_file(tensors, file)
+    assert load_official(tmp_path, config)[0].config == config
+    longer = dataclasses.replace(config, prefix_length=4)
+    assert "token_decoder.expansion_layer.bias: shape (256,)" in refusal(tmp_path, longer)
+
+
+@pytest.mark.parametrize("change", ["sequential", "mlp"])
+def test_other_gpt_neox_stacks_there_and_back(change, tmp_path):
+    field = "biases" if change == "mlp" else "residual"
+    stack = StackConfig(layers=1, width=32, heads=4, **{field: change})
+    config = BlockConfig(
+        vocab_size=97,
+        context_length=64,
+        block_decoder=stack,
+        token_decoder=stack,
+        embedder=EmbedderConfig(kind="projection"),
+    )
+    model = build(config)
+    params = random_params(model)
+    save_folder(tmp_path / "out", *to_official(model, params))
+    again, params_again = load_official(tmp_path / "out")
+    assert again.config == config
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from blocktx.config.model import StackConfig, VanillaConfig
-from blocktx.convert import load_neox, load_official
+from blocktx.convert import load_hf, load_neox, load_official
 from blocktx.convert.uptrain import lengthen, uptrain
 from blocktx.model.build import build
 from blocktx.model.params import unstack_layers
-from tests.helpers import golden
+from tests.helpers import golden, golden_hf, numpy_llama
 from tests.helpers.random_weights import random_params
 from tests.helpers.tiny_run import MODEL
 
@@ -88,7 +88,11 @@ def test_what_is_not_of_a_block_model_is_taken_over():
 @pytest.mark.parametrize(
     ("layers", "arguments", "message"),
     [
-        (4, dict(method="halve"), "method: got 'halve'; use one of partition, skip, duplicate"),
+        (
+            4,
+            dict(method="halve"),
+            "method: got .halve.; use one of partition, skip, duplic",
+        ),
         (3, dict(method="partition"), "3 layers into halves; .* block_layers 1 or 2"),
         (1, dict(method="partition"), "cannot divide 1 layer in two; use duplicate"),
         (4, dict(method="partition", block_layers=0), "block_layers: got 0 of 4 .* use 1 to 3"),
@@ -120,11 +124,109 @@ def test_all_that_hinders_uptraining_is_listed():
     assert [line.split(":")[0] for line in lines] == ["method", "block_length", "prefix_length"]
 
 
+# Models of Hugging Face, and other starts than the authors'.
+
+
+def apply(config, params, tokens):
+    return np.asarray(_apply(build(config), params, tokens, np.ones_like(tokens)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model, params, tokens, mask):
+    return model.apply({"params": params}, tokens, mask)
+
+
+def source(case):
+    model, params = load_hf(golden_hf.path(case))
+    return model.config, params
+
+
+def tokens_of(config, *shape):
+    return np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
+
+
+@pytest.mark.parametrize("case", ["llama_gqa", "qwen25", "qwen3"])
+@pytest.mark.parametrize("embedder", ["projection", "mean", "mean_mlp"])
+def test_partition_equals_a_computation_in_numpy(case, embedder):
+    vanilla, given = source(case)
+    config, params = uptrain(vanilla, given, method="partition", block_length=4, embedder=embedder)
+    assert config.tied_classifier
+    assert "classifier" not in params["token_decoder"]
+    tokens = tokens_of(config, 2, 6, 4)
+    reference = numpy_llama.Llama(golden_hf.config(case), golden_hf.weights(case))
+    expected = [reference.partition_logits(row, config.prefix_length) for row in tokens]
+    np.testing.assert_allclose(apply(config, params, tokens), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama_gqa", "qwen3", "neox_sequential"])
+@pytest.mark.parametrize("embedder", ["projection", "mean"])
+def test_all_layers_without_new_ones_are_the_source(case, embedder):
+    vanilla, given = source(case)
+    config, params = uptrain(
+        vanilla, given, method="all", token_layers=0, block_length=1, embedder=embedder
+    )
+    assert config.token_decoder.layers == 0
+    tokens = tokens_of(config, 2, 16)
+    expected = apply(vanilla, given, tokens)[:, :-1]
+    np.testing.assert_array_equal(apply(config, params, tokens[..., None])[:, :, 0], expected)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_new_layers_start_as_the_identity(scan):
+    vanilla, given = source("llama_gqa")
+    if not scan:
+        vanilla = dataclasses.replace(vanilla, scan_layers=False)
+        given = unstack_layers(given)
+    how = dict(method="all", block_length=1, embedder="mean", token_layers=2)
+    config, params = uptrain(vanilla, given, **how)
+    assert_same(
+        jax.tree.map(np.shape, params), jax.tree.map(np.shape, random_params(build(config)))
+    )
+    tokens = tokens_of(config, 2, 16)
+    expected = apply(vanilla, given, tokens)[:, :-1]
+    logits = apply(config, params, tokens[..., None])[:, :, 0]
+    np.testing.assert_allclose(logits, expected, atol=0.02, rtol=0)  # of the second norm's epsilon
+    other = uptrain(vanilla, given, **how, seed=1)[1]
+    first, second = (jax.tree.leaves(p["token_decoder"]["stack"]) for p in (params, other))
+    assert any((a != b).any() for a, b in zip(first, second, strict=True))
+
+
+def test_blocks_of_a_longer_model_without_token_layers_see_only_blocks_before():
+    vanilla, given = source("llama_gqa")
+    config, params = uptrain(
+        vanilla, given, method="all", token_layers=0, block_length=4, embedder="mean_mlp"
+    )
+    tokens = tokens_of(config, 1, 4, 4)
+    logits = apply(config, params, tokens)
+    changed = tokens.copy()
+    changed[0, 3] += 1
+    assert logits.shape == (1, 3, 4, config.vocab_size)
+    np.testing.assert_array_equal(
+        apply(config, params, changed % config.vocab_size)[:, :, 0], logits[:, :, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(method="skip", token_layers=1), "token_layers: is for the method all only, got 1"),
+        (dict(method="all", token_layers=-1), "token_layers: got -1, must be 0 or greater"),
+        (dict(method="all", block_layers=1), "block_layers: is for partition only, got 1"),
+        (dict(method="all", embedder="lookup"), "embedder: got 'lookup'; use one of projection, m"),
+    ],
+)
+def test_other_starts_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        uptrain(VANILLA, {}, block_length=4, **arguments)
+
+
 # Longer blocks.
 
 
-def test_longer_block_is_the_mean_of_its_parts():
-    short, _ = uptrain(VANILLA, vanilla_params(), method="partition", block_length=2)
+@pytest.mark.parametrize("embedder", ["projection", "mean", "mean_mlp"])
+def test_longer_block_is_the_mean_of_its_parts(embedder):
+    how = dict(method="partition", block_length=2, embedder=embedder)
+    short, _ = uptrain(VANILLA, vanilla_params(), **how)
     params = random_params(build(short))
     long, longer_params = lengthen(short, params, 4)
     assert long == dataclasses.replace(short, block_length=8)
