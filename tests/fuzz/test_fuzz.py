@@ -14,12 +14,12 @@ import jax
 import numpy as np
 import pytest
 import zstandard
+from blocktx.convert.neox import load_neox
 
 from blocktx.checkpoint.params import load_params, load_tokenizer, save_params
 from blocktx.checkpoint.safetensors import write
 from blocktx.config.model import BlockConfig, StackConfig
 from blocktx.config.run import DataConfig, RunConfig
-from blocktx.convert.neox import load_neox
 from blocktx.data.corpus import prepare
 from blocktx.data.tokenizer import Tokenizer
 from blocktx.model.build import abstract_params
