@@ -54,6 +54,9 @@ def count_params(config: ModelConfig) -> Parameters:
     rows, row_width, projected = _embedder_shape(config)
     if projected:
         inner += _linear_params(rows * row_width, config.context_width)
+    if config.embedder.kind == "mean_mlp":
+        hidden = rows * row_width
+        inner += _linear_params(hidden, hidden) + _linear_params(hidden, row_width)
     tables += config.vocab_size * (row_width + config.token_decoder.width)
     if config.embedder.kind in ("encoder", "cls"):
         inner += _stack_params(config.embedder.encoder)  # its one norm more is before the layers
@@ -180,8 +183,9 @@ def _embedder_shape(config: ModelConfig) -> tuple[int, int, bool]:
     embedder, length = config.embedder, config.block_length
     if embedder.kind == "lookup":
         return length, config.context_width // length, False
-    if embedder.kind == "projection":
-        return length, embedder.width or config.block_decoder.width, True
+    if embedder.kind in ("projection", "mean", "mean_mlp"):
+        width = embedder.width or config.block_decoder.width
+        return length, width, embedder.kind == "projection"
     rows = embedder.cls_tokens if embedder.kind == "cls" else length
     return rows, embedder.encoder.width, not embedder.concatenate
 
@@ -191,7 +195,9 @@ def _linear_params(inputs: int, outputs: int) -> int:
 
 
 def _stack_params(stack: StackConfig | EncoderConfig, *, cross: bool = False) -> int:
-    """Layers, of two or with `cross` three norms, and one norm more."""
+    """Layers, of two or with `cross` three norms, and one norm more; nothing without layers."""
+    if stack.layers == 0:
+        return 0
     width, hidden = stack.width, stack.mlp_size
     mlp = _linear_params(width, hidden) + _linear_params(hidden, width)
     attention = _linear_params(width, 3 * width) + _linear_params(width, width)
@@ -258,6 +264,9 @@ def _embed(config: ModelConfig, blocks: int) -> Cost:
         cost += _stack(config, config.embedder.encoder, blocks, tokens, tokens)
     if projected:
         cost += _product(blocks, rows * row_width, config.context_width, _itemsize(config))
+    if config.embedder.kind == "mean_mlp":
+        hidden, size = rows * row_width, _itemsize(config)
+        cost += _product(blocks, hidden, hidden, size) + _product(blocks, hidden, row_width, size)
     return cost
 
 
