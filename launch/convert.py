@@ -367,7 +367,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        nonfinite = "NaN or infinite" in str(error)
+        _fail(str(error) + "\n--allow-nonfinite accepts such weights" * nonfinite)
 
 
 def _with_dashes(arg: str) -> str:

@@ -11,6 +11,7 @@ request.py     continuous decoding: a request's part of the arrays
 continuous.py  continuous decoding: requests admitted to free rows
 stream.py      text of growing token sequences
 inputs.py      prompts and stop conditions as users give them
+texts.py       token ids of prompts to texts, as one batch or continuously
 engine.py      text in, text out
 
 `generate` works on arrays in host memory and cannot be traced. The functions below it can. They are

@@ -84,7 +84,8 @@ class Progress:
         self._since, self._tokens, self._steps, self._waited = since, 0, 0, 0.0
 
     def _read(self, step: int, metrics: dict[str, jax.Array], timed: bool = True) -> None:
-        values = {name: value.item() for name, value in metrics.items()}  # waits
+        # Reading blocks until the step is complete.
+        values = {name: value.item() for name, value in metrics.items()}
         tokens = values.pop("tokens")
         self.stop = values.pop("stop", False)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):

@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from blocktx.checkpoint import load_config
 from blocktx.config import RunConfig, UserError, to_dict
 from blocktx.data import Corpus, prepare, training_batches
 from blocktx.files import absolute, run_folder, write_atomic
 from blocktx.parallel import HostRows, batch_sharding, create_mesh
+from blocktx.progress_bar import ProgressBar
 from blocktx.train.distill import top_log_probs
 from blocktx.train.step import check_run
 from blocktx.train.teacher import load_teacher
@@ -120,7 +120,7 @@ def write_cache(config: RunConfig, folder: epath.PathLike, top_k: int) -> epath.
     token_dtype = np.uint16 if model.vocab_size <= 2**16 else np.int32
     top = jax.jit(top_log_probs, static_argnums=(3, 4))
     with jax.set_mesh(mesh):
-        for step in tqdm(range(config.training.steps), unit=" steps", disable=None):
+        for step in ProgressBar(range(config.training.steps), unit=" steps"):
             batch, path = next(batches), _file(folder, step)
             if not path.exists():
                 placed = host_rows.place(batch)

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -16,7 +18,8 @@ from blocktx.checkpoint.params import save_params
 from tests.helpers import served
 
 ROOT = pathlib.Path(__file__).parents[2]
-BODY = dict(prompt="the block", max_tokens=110, ignore_eos=True, stream=True)
+# Some seconds of work for four rows.
+BODY = dict(prompt="the block", max_tokens=110, ignore_eos=True, stream=True, n=32)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +53,31 @@ def serving(folder, *arguments):
         process.communicate(timeout=30)
 
 
-def read(url: str) -> tuple[str, int]:
-    """How a stream ended, and how many events there were."""
-    events, ending = 0, "closed"
+def read(url: str, accepted: threading.Semaphore) -> str:
+    """How a stream ended; `accepted` is released when it begins."""
+    ending, reasons = "closed", []
     try:
-        with httpx.stream("POST", f"{url}/completions", json=BODY, timeout=60) as response:
+        with httpx.stream("POST", f"{url}/completions", json=BODY, timeout=120) as response:
+            accepted.release()
             for line in response.iter_lines():
                 if line == "data: [DONE]":
                     ending = "done"
                 elif line:
-                    events += 1
+                    reasons.append(json.loads(line[6:])["choices"][0]["finish_reason"])
     except httpx.HTTPError:
-        ending = "broken"
-    return ending, events
+        return "broken"
+    return f"{ending} with {reasons.count('length')} of 32"
+
+
+@contextlib.contextmanager
+def under_load(url: str) -> Iterator[list[concurrent.futures.Future]]:
+    """Eight streams that the server has accepted."""
+    accepted = threading.Semaphore(0)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(read, url, accepted) for _ in range(8)]
+        for _ in streams:
+            assert accepted.acquire(timeout=60)
+        yield streams
 
 
 def test_sigkill_breaks_streams_and_sigterm_ends_them_whole(folder, tmp_path):
@@ -81,43 +96,16 @@ def test_sigkill_breaks_streams_and_sigterm_ends_them_whole(folder, tmp_path):
             assert 0 < one["first_token_ms"]["p50"] <= one["last_token_ms"]["p99"]
             assert f"{one['tokens_per_second']:.1f}" in loaded.stdout
         assert (tmp_path / "load" / "load_test.png").exists()
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            streams = [pool.submit(read, url) for _ in range(8)]
-            while "num_requests_running" not in metrics(url) or running(url) < 4:
-                pass
+        with under_load(url) as streams:
             process.kill()
-            assert {stream.result()[0] for stream in streams} == {"broken"}
+            assert {stream.result() for stream in streams} == {"broken"}
     # The port is free again at once.
     with serving(folder, f"--port={port}") as (process, again):
         assert again == url
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            streams = [pool.submit(read, url) for _ in range(8)]
-            while running(url) < 4:
-                pass
-            accepted = accepted_requests(url)
+        with under_load(url) as streams:
             process.send_signal(signal.SIGTERM)
-            endings = [stream.result()[0] for stream in streams]
+            assert [stream.result() for stream in streams] == ["done with 32 of 32"] * 8
         assert process.wait(30) == 0
-        assert accepted == 8
-        assert endings == ["done"] * 8
-
-
-def metrics(url: str) -> str:
-    return httpx.get(url.replace("/v1", "/metrics"), timeout=30).text
-
-
-def running(url: str) -> float:
-    (line,) = [x for x in metrics(url).splitlines() if x.startswith("vllm:num_requests_running{")]
-    return float(line.split()[-1])
-
-
-def accepted_requests(url: str) -> float:
-    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-    while True:
-        lines = [x for x in metrics(url).splitlines() if x.startswith(names)]
-        total = sum(float(line.split()[-1]) for line in lines)
-        if total == 8:
-            return total
 
 
 @pytest.mark.parametrize(
