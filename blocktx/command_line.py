@@ -1,4 +1,4 @@
-"""What the scripts in `launch/` share: flags, and a mistake as one line instead of a traceback."""
+"""Shared code of the scripts in `launch/`: flags, exit codes, one-line error messages."""
 
 import importlib.machinery
 import importlib.util
@@ -7,80 +7,110 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
-from blocktx.config import RunConfig, from_config_dict
-from blocktx.parallel import end_with
+from blocktx.config import RunConfig, UserError, from_config_dict, is_storage_full
+from blocktx.parallel import choose_backend, exit_process
 
 _NO_FUNCTION = "the file has no function get_config()"
 
+# Errors that only a person can correct: code 1. Other errors may be gone at the next try: code 70.
+_FOR_A_PERSON = (
+    UserError,
+    FloatingPointError,
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 
-_EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
 
+def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool = False) -> None:
+    """Parse the flags and run `main`. Exit with a code that says what happened.
 
-def run(main: Callable[[], None], required: tuple[str, ...]) -> None:
-    """Parses flags, the `required` ones among them, and runs `main`.
+    2: a mistake in the flags.
+    1: an error that a person must look at. Only its message is printed; --verbosity=debug adds
+       the traceback. This is a UserError, a missing or forbidden file, a full disk, or a loss that
+       is not finite. In a program that is not `restarted` it is also any ValueError or OSError.
+    130: Ctrl-C.
+    70: any other error, with its traceback. Another try may succeed.
 
-    A mistake in the flags ends the program with code 2, an error of `main` that a user can do
-    something about with code 1 (its traceback is shown with --verbosity=debug), Ctrl-C with 130,
-    an error of a device or of the network between devices with 70: another try may do.
+    Args:
+      main: the program.
+      required: names of flags that must be given.
+      restarted: whether something like launch/restart.sh starts the program again unless it ends
+        with 0, 1, 2 or 130. Unexpected ValueErrors and OSErrors, such as those of a network, are
+        then no reason to stop.
     """
+    expected = _FOR_A_PERSON if restarted else (*_FOR_A_PERSON, ValueError, OSError)
 
     def checked(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save
+            logging.set_verbosity(logging.WARNING)  # Orbax logs every phase of a save
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         for name in required:
             if flags.FLAGS[name].value is None:
                 fail(f"--{name} is missing; see --help")
+        choose_backend()
         try:
             main()
-        except _EXPECTED_ERRORS as error:
-            logging.debug("%s", traceback.format_exc())
-            fail(str(error), code=1)
-        except jax.errors.JaxRuntimeError:
-            fail(traceback.format_exc(), code=70)
         except KeyboardInterrupt:
             fail("interrupted", code=130)
+        except Exception as error:
+            if isinstance(error, expected) or is_storage_full(error):
+                logging.debug("%s", traceback.format_exc())
+                fail(str(error), code=1)
+            fail(traceback.format_exc(), code=70)
 
+    jax.config.config_with_absl()  # --jax_debug_nans and the like
     app.run(checked, flags_parser=_parse)
 
 
-def keep_compiled(folder: str) -> None:
-    """Makes JAX keep what it compiles in `folder`, and find it there; "" is no folder."""
+def enable_compilation_cache(folder: str) -> None:
+    """Keep compiled programs in `folder` and reuse them. An empty name disables the cache."""
     if folder and "://" not in folder:
         folder = os.path.expanduser(folder)
     jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
+    """Print an error message and exit."""
     print(f"error: {message}", file=sys.stderr)
-    end_with(code)
+    exit_process(code)
+
+
+def run_config(config: Mapping[str, Any]) -> RunConfig:
+    """Return the RunConfig of the flag --config, or exit with code 2 if a field is invalid."""
+    try:
+        return from_config_dict(config)
+    except UserError as error:
+        fail(str(error))
 
 
 def read_config(spec: str) -> RunConfig:
-    """The run that `FILE.py` or `FILE.py:NAME` describes, for scripts without absl's flags.
+    """Return the RunConfig of `FILE.py` or `FILE.py:NAME`, for scripts without a config flag.
 
     Raises:
-      ValueError: whatever is wrong with the file; the message begins with --config.
+      UserError: the file is missing or fails; the message begins with --config.
     """
     path, _, name = spec.partition(":")
     if not pathlib.Path(path).is_file():
-        raise ValueError(_no_file(path))
+        raise UserError(_no_file(path))
     loader = importlib.machinery.SourceFileLoader("config", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config", loader))
     try:
         loader.exec_module(module)
         if not hasattr(module, "get_config"):
-            raise ValueError(_NO_FUNCTION)
+            raise UserError(_NO_FUNCTION)
         return from_config_dict(module.get_config(name) if name else module.get_config())
-    except Exception as error:  # a file of the user's can raise anything
-        raise ValueError(_config_problem(error)) from error
+    except Exception as error:  # the file can raise anything
+        raise UserError(_config_problem(error)) from error
 
 
 def _no_file(path: str) -> str:
@@ -93,20 +123,24 @@ def _config_problem(error: Exception) -> str:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    for arg in argv:
-        name, _, value = arg.partition("=")
+    for position, arg in enumerate(argv):
+        name, equals, value = arg.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        if not equals:  # --config FILE
+            value = argv[position + 1] if position + 1 < len(argv) else ""
         path = value.partition(":")[0]
-        if name == "--config" and not pathlib.Path(path).is_file():
+        if not pathlib.Path(path).is_file():
             fail(_no_file(path))
     try:
         return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:  # an override of a field that there is not
+    except (AttributeError, KeyError) as error:  # an override of an unknown field
         fail(_unknown_field(argv, str(error)))
     except (flags.Error, OSError, ValueError, TypeError) as error:
         lines = str(error).rstrip().splitlines()
         # config_flags puts a whole traceback into the message when a config file raises.
         fail(f"{lines[0].rstrip(':')}: {lines[-1]}" if "Traceback" in str(error) else str(error))
-    except Exception as error:  # a config file that is not Python, or fails when it is run
+    except Exception as error:  # the config file is not Python, or raises
         fail(_config_problem(error))
 
 

@@ -42,7 +42,8 @@ class Parameters(NamedTuple):
 
 def count_params(config: ModelConfig) -> Parameters:
     """How many parameters a model has."""
-    tables = config.vocab_size * _classified_width(config)  # the classifier
+    classifiers = 0 if config.tied_classifier else 1
+    tables = classifiers * config.vocab_size * _classified_width(config)
     if config.kind == "vanilla":
         stacks = _stack_params(config.decoder)
         tables += config.vocab_size * config.decoder.width
@@ -50,16 +51,17 @@ def count_params(config: ModelConfig) -> Parameters:
 
     cross = config.conditioning == "cross_attention"
     stacks = _stack_params(config.block_decoder) + _stack_params(config.token_decoder, cross=cross)
-    inner = _linear_params(config.context_width, _expanded(config) * config.token_decoder.width)
-    rows, row_width, projected = _embedder_shape(config)
-    if projected:
+    expanded = config.condition_vectors * config.token_decoder.width
+    inner = _linear_params(config.context_width, expanded)
+    rows, row_width = config.embedder_rows
+    if config.embedder_projects:
         inner += _linear_params(rows * row_width, config.context_width)
     if config.embedder.kind == "mean_mlp":
         hidden = rows * row_width
         inner += _linear_params(hidden, hidden) + _linear_params(hidden, row_width)
     tables += config.vocab_size * (row_width + config.token_decoder.width)
     if config.embedder.kind in ("encoder", "cls"):
-        inner += _stack_params(config.embedder.encoder)  # its one norm more is before the layers
+        inner += _encoder_params(config.embedder.encoder)
         tables += (config.encoder_positions + 1) * row_width
     return Parameters(tables + inner + stacks, inner + stacks, stacks)
 
@@ -67,7 +69,8 @@ def count_params(config: ModelConfig) -> Parameters:
 def cache_bytes(config: ModelConfig, slots: int) -> int:
     """Bytes of keys and values for one sequence in a cache of `slots` blocks."""
     stack = config.decoder if config.kind == "vanilla" else config.block_decoder
-    return 2 * stack.layers * slots * _group(config) * stack.width * _itemsize(config)
+    slots *= config.embeddings_per_block
+    return 2 * stack.layers * slots * stack.kv_width * _itemsize(config)
 
 
 def logits_bytes(config: ModelConfig, tokens: int) -> int:
@@ -110,7 +113,7 @@ def forward(config: ModelConfig, batch_size: int) -> Cost:
 
 def extend(config: ModelConfig, batch_size: int, blocks: int, slots: int) -> Cost:
     """Prefill of `blocks` blocks a row, or with 1 the block step, in a cache of `slots` blocks."""
-    group = _group(config)
+    group = config.embeddings_per_block
     if config.kind == "vanilla":
         return _stack(config, config.decoder, batch_size, blocks, slots)
     return _embed(config, batch_size * blocks) + _stack(
@@ -123,7 +126,7 @@ def start_block(config: ModelConfig, batch_size: int) -> Cost:
     cost = _classifier(config, batch_size)
     if config.kind == "block":
         cost += _expand(config, batch_size)
-        cost += _token_stack(config, batch_size, _before(config), _token_slots(config))
+        cost += _token_stack(config, batch_size, config.positions_before, _token_slots(config))
     return cost
 
 
@@ -152,10 +155,6 @@ def generate(config: ModelConfig, batch_size: int, prompt_tokens: int, new_token
     return prefill + new * decode_block(config, batch_size, slots)
 
 
-def _group(config: ModelConfig) -> int:
-    return config.embeddings_per_block
-
-
 def _itemsize(config: ModelConfig) -> int:
     return 2 if config.compute_dtype == "bfloat16" else np.dtype(config.compute_dtype).itemsize
 
@@ -164,46 +163,36 @@ def _classified_width(config: ModelConfig) -> int:
     return (config.decoder if config.kind == "vanilla" else config.token_decoder).width
 
 
-def _before(config: ModelConfig) -> int:
-    """Positions of the token decoder before a block's tokens."""
-    return config.prefix_length if config.conditioning == "prefix" else 1
-
-
 def _token_slots(config: ModelConfig) -> int:
-    return _before(config) + config.block_length - 1
+    return config.positions_before + config.block_length - 1
 
 
-def _expanded(config: ModelConfig) -> int:
-    """Vectors that a context embedding is expanded to."""
-    return config.prefix_length if config.conditioning == "prefix" else config.block_length
+def _linear_params(inputs: int, outputs: int, bias: bool = True) -> int:
+    return inputs * outputs + bias * outputs
 
 
-def _embedder_shape(config: ModelConfig) -> tuple[int, int, bool]:
-    """Rows of the embedder that are put together, their width, and whether they are projected."""
-    embedder, length = config.embedder, config.block_length
-    if embedder.kind == "lookup":
-        return length, config.context_width // length, False
-    if embedder.kind in ("projection", "mean", "mean_mlp"):
-        width = embedder.width or config.block_decoder.width
-        return length, width, embedder.kind == "projection"
-    rows = embedder.cls_tokens if embedder.kind == "cls" else length
-    return rows, embedder.encoder.width, not embedder.concatenate
-
-
-def _linear_params(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
-
-
-def _stack_params(stack: StackConfig | EncoderConfig, *, cross: bool = False) -> int:
-    """Layers, of two or with `cross` three norms, and one norm more; nothing without layers."""
+def _stack_params(stack: StackConfig, *, cross: bool = False) -> int:
+    """Return the parameters of layers, of two or with `cross` three norms, and one more norm."""
     if stack.layers == 0:
         return 0
-    width, hidden = stack.width, stack.mlp_size
+    width, queries, hidden = stack.width, stack.query_width, stack.mlp_size
+    projections = 3 if stack.mlp == "swiglu" else 2
+    mlp = projections * width * hidden + stack.mlp_bias * ((projections - 1) * hidden + width)
+    attention = _linear_params(width, queries + 2 * stack.kv_width, stack.attention_bias)
+    attention += _linear_params(queries, width, stack.biases == "all")
+    head_norms = 2 * stack.head_size if stack.qk_norm else 0
+    norm = width if stack.norm == "rms" else 2 * width
+    norms, attentions = (3, 2) if cross else (2, 1)
+    layer = mlp + attentions * attention + head_norms + norms * norm
+    return stack.layers * layer + norm
+
+
+def _encoder_params(encoder: EncoderConfig) -> int:
+    """Return the parameters of layers of two norms, and of the norm before them."""
+    width, hidden = encoder.width, encoder.mlp_size
     mlp = _linear_params(width, hidden) + _linear_params(hidden, width)
     attention = _linear_params(width, 3 * width) + _linear_params(width, width)
-    norms = 3 if cross else 2
-    attentions = 2 if cross else 1
-    return stack.layers * (mlp + attentions * attention + norms * 2 * width) + 2 * width
+    return encoder.layers * (mlp + attention + 4 * width) + 2 * width
 
 
 def _product(
@@ -213,40 +202,44 @@ def _product(
     return Cost(2 * rows * inputs * outputs, (rows + outputs) * inputs * itemsize + result)
 
 
-def _attend(sequences: int, queries: int, slots: int, width: int, itemsize: int) -> Cost:
-    """Scores and weighted sums. Queries and keys are read, values too; what they make is written.
+def _attend(
+    sequences: int, queries: int, slots: int, query_width: int, kv_width: int, itemsize: int
+) -> Cost:
+    """Return scores and weighted sums. Queries, keys and values are read, outputs are written.
 
-    Of each product one side is the scores, which stay on the chip.
+    The scores stay on the chip.
     """
-    flops = 2 * (2 * sequences * queries * slots * width)
-    return Cost(flops, 2 * sequences * (queries + slots) * width * itemsize)
+    flops = 2 * (2 * sequences * queries * slots * query_width)
+    return Cost(flops, 2 * sequences * (queries * query_width + slots * kv_width) * itemsize)
 
 
 def _stack(
     config: ModelConfig,
-    stack: StackConfig | EncoderConfig,
+    stack: StackConfig,
     sequences: int,
     queries: int,
     slots: int,
     *,
     memory: int = 0,
 ) -> Cost:
-    """Layers over `queries` positions of each sequence, which attend to `slots` and a memory."""
+    """Return layers over `queries` positions a sequence, which attend to `slots` and a memory."""
     size, width = _itemsize(config), stack.width
+    wide, narrow, hidden = stack.query_width, stack.kv_width, stack.mlp_size
     rows = sequences * queries
+    up = 2 * hidden if stack.mlp == "swiglu" else hidden
     layer = (
-        _product(rows, width, 3 * width, size)
-        + _attend(sequences, queries, slots, width, size)
-        + _product(rows, width, width, size)
-        + _product(rows, width, stack.mlp_size, size)
-        + _product(rows, stack.mlp_size, width, size)
+        _product(rows, width, wide + 2 * narrow, size)
+        + _attend(sequences, queries, slots, wide, narrow, size)
+        + _product(rows, wide, width, size)
+        + _product(rows, width, up, size)
+        + _product(rows, hidden, width, size)
     )
     if memory:
         layer += (
-            _product(rows, width, width, size)
-            + _product(sequences * memory, width, 2 * width, size)
-            + _attend(sequences, queries, memory, width, size)
-            + _product(rows, width, width, size)
+            _product(rows, width, wide, size)
+            + _product(sequences * memory, width, 2 * narrow, size)
+            + _attend(sequences, queries, memory, wide, narrow, size)
+            + _product(rows, wide, width, size)
         )
     return stack.layers * layer
 
@@ -257,12 +250,14 @@ def _classifier(config: ModelConfig, rows: int) -> Cost:
 
 
 def _embed(config: ModelConfig, blocks: int) -> Cost:
-    rows, row_width, projected = _embedder_shape(config)
+    rows, row_width = config.embedder_rows
     cost = Cost()
     if config.embedder.kind in ("encoder", "cls"):
         tokens = config.encoded_tokens
-        cost += _stack(config, config.embedder.encoder, blocks, tokens, tokens)
-    if projected:
+        encoder = config.embedder.encoder
+        sizes = encoder.layers, encoder.width, encoder.heads, encoder.mlp_width
+        cost += _stack(config, StackConfig(*sizes, rotary_fraction=0.0), blocks, tokens, tokens)
+    if config.embedder_projects:
         cost += _product(blocks, rows * row_width, config.context_width, _itemsize(config))
     if config.embedder.kind == "mean_mlp":
         hidden, size = rows * row_width, _itemsize(config)
@@ -271,7 +266,7 @@ def _embed(config: ModelConfig, blocks: int) -> Cost:
 
 
 def _expand(config: ModelConfig, blocks: int) -> Cost:
-    outputs = _expanded(config) * config.token_decoder.width
+    outputs = config.condition_vectors * config.token_decoder.width
     return _product(blocks, config.context_width, outputs, _itemsize(config))
 
 

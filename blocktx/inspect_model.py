@@ -1,32 +1,43 @@
-"""Looking inside: attention maps, and the tokens nearest to what the token decoder is told.
+"""Attention maps, and the tokens nearest to the inputs of the token decoder.
 
-All of it is for one text of N blocks, `tokens_NxK` and `mask_NxK`, as `in_blocks` makes them, and
-computed in one pass without a cache. The models know nothing of it: their calls are intercepted.
+All functions take one text of N blocks, `tokens_NxK` and `mask_NxK` of `in_blocks`. They run one
+forward pass without a cache, and read attention weights by intercepting the model's methods.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
+from blocktx import plotting
 from blocktx.config import BlockConfig, Formulations
 from blocktx.model import BlockTransformer, Model, build, record_attention, unstack_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAP_INCHES = 1.7
+_MAP_LABELS = 18
 
 
 def in_blocks(
     tokens: Sequence[int], model: Model, pad_id: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens as whole blocks `[N, K]` with padding before them, and a mask of what is no padding.
+    """Return tokens as whole blocks `[N, K]`, padded in front, and a mask, True for real tokens.
 
-    `pad_id` None is the model's own.
+    Args:
+      tokens: token ids of a text.
+      model: its block length is used.
+      pad_id: the padding token; None: the model's.
 
     Raises:
-      ValueError: if there is no token, or more than the context has room for.
+      ValueError: there is no token, or there are more than the context holds.
     """
     config = model.config
     if not 0 < len(tokens) <= config.context_length:
@@ -42,10 +53,10 @@ def in_blocks(
 def block_attention(
     model: Model, params: dict[str, Any], tokens_NxK: np.ndarray, mask_NxK: np.ndarray
 ) -> np.ndarray:
-    """What the block decoder's blocks attend to, float32 `[layers, H, N, N]`: query, then key.
+    """Return the attention weights of the block decoder, float32 `[layers, H, N, N]`: query, key.
 
-    With n embeddings in a block it is `[layers, H, N * n, N * n]`. A vanilla model attends to
-    tokens: `[layers, H, T, T]`.
+    With n embeddings in a block they are `[layers, H, N * n, N * n]`. For a vanilla model they are
+    over tokens: `[layers, H, T, T]`.
     """
     _, weights = _contexts(*_separate(model, params), tokens_NxK, np.asarray(mask_NxK, bool))
     return np.asarray(weights)
@@ -54,13 +65,13 @@ def block_attention(
 def token_attention(
     model: Model, params: dict[str, Any], tokens_NxK: np.ndarray, mask_NxK: np.ndarray
 ) -> np.ndarray:
-    """What the token decoder's positions attend to, float32 `[N - 1, layers, H, T, T]`.
+    """Return the attention weights of the token decoder, float32 `[N - 1, layers, H, T, T]`.
 
-    Entry i is of block i+1. Its T positions are the P prefixes, or BOS, and the block's tokens but
-    the last.
+    Entry i is of block i+1. Its T positions are the P prefixes, or BOS, followed by all tokens of
+    the block but the last.
 
     Raises:
-      ValueError: if the model is vanilla, or there is no block to predict.
+      ValueError: the model is vanilla, or there is no block to predict.
     """
     _require_block_model(model)
     if len(tokens_NxK) < 2:
@@ -74,7 +85,7 @@ def token_attention(
 
 
 def token_labels(config: BlockConfig) -> list[str]:
-    """Names of the positions of `token_attention`."""
+    """Return the names of the positions of `token_attention`."""
     has_prefix = config.conditioning == "prefix"
     before = [f"prefix {i}" for i in range(config.prefix_length)] if has_prefix else ["BOS"]
     return before + [f"token {i}" for i in range(config.block_length - 1)]
@@ -87,17 +98,17 @@ def nearest_tokens(
     mask_NxK: np.ndarray,
     count: int = 5,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens nearest, by cosine of embeddings, to what is made of each context embedding.
+    """Return the tokens whose embeddings are nearest to the expanded context embeddings.
 
-    That is the P prefix embeddings, or in the other conditionings the K vectors that are added to
-    tokens or attended to. Embeddings of tokens are the token decoder's own.
+    A context embedding is expanded to P prefix embeddings or, with another conditioning, to K
+    vectors. Distance is the cosine to the token decoder's embedding table.
 
     Returns:
-      Int32 tokens and float32 cosines, both `[N, P, count]`, nearest first; entry i is what is told
-      of blocks 0 to i, for block i+1.
+      Int32 tokens and float32 cosines, both `[N, P, count]`, nearest first. Entry i is of the
+      context embedding of blocks 0 to i, which predicts block i+1.
 
     Raises:
-      ValueError: if the model is vanilla, or `count` is not in 1..V.
+      ValueError: the model is vanilla, or `count` is not in 1..V.
     """
     _require_block_model(model)
     if not 1 <= count <= model.config.vocab_size:
@@ -109,14 +120,14 @@ def nearest_tokens(
 
 
 def first_block_share(weights_LxHxTxS: np.ndarray, group: int = 1) -> tuple[np.ndarray, float]:
-    """How much of the later blocks' attention the first block gets (finding 11 of the paper).
+    """Return the attention of later blocks to the first block (finding 11 of the paper).
 
     Args:
       weights_LxHxTxS: of `block_attention`.
-      group: n, the embeddings in a block.
+      group: n, the embeddings per block.
 
     Returns:
-      The mean over heads and blocks, `[layers]`, and what it were if blocks attended to all alike.
+      The mean over heads and blocks, `[layers]`, and its value under uniform attention.
     """
     share_L = weights_LxHxTxS[:, :, group:, :group].sum(-1).mean((1, 2))
     blocks = weights_LxHxTxS.shape[-1] // group
@@ -124,25 +135,42 @@ def first_block_share(weights_LxHxTxS: np.ndarray, group: int = 1) -> tuple[np.n
 
 
 def plot_attention(weights_LxHxTxS: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
-    """A heat map for each layer (rows) and head; `labels` are those of the positions, in order."""
+    """Return a figure with a heat map for each layer (rows) and head (columns).
+
+    Args:
+      weights_LxHxTxS: attention weights.
+      labels: of the positions, in order. If not all fit, equally spaced ones are shown.
+      title: of the figure.
+    """
     layers, heads, _, positions = weights_LxHxTxS.shape
-    figure = Figure(figsize=(1.4 * heads + 2, 1.5 * layers + 0.6), dpi=120, layout="constrained")
-    grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
+    figure, grid = plotting.new_grid(
+        layers,
+        heads,
+        width=_MAP_INCHES * heads + 1.8,
+        height=_MAP_INCHES * layers + 0.9,
+        sharex=True,
+        sharey=True,
+    )
+    shown = range(0, positions, -(-positions // _MAP_LABELS))
     for layer, row in enumerate(grid):
         for head, axes in enumerate(row):
-            image = axes.imshow(weights_LxHxTxS[layer, head], vmin=0, vmax=1, cmap="magma")
-            axes.tick_params(length=0, labelsize=6)
+            image = axes.imshow(
+                weights_LxHxTxS[layer, head],
+                vmin=0,
+                vmax=1,
+                cmap=plotting.ATTENTION,
+            )
+            axes.grid(visible=False)
+            axes.tick_params(length=0, labelsize=7, labelfontfamily="monospace")
             if layer == 0:
-                axes.set_title(f"head {head}", fontsize=8)
-        row[0].set_ylabel(f"layer {layer}", fontsize=8)
-    shown = range(0, positions, -(-positions // 12))  # as many as there is room for
-    plain = [labels[i].replace("$", r"\$").replace("\n", " ") for i in shown]  # no mathematics
-    grid[0, 0].set_yticks(shown, plain)
+                axes.set_title(f"head {head}", fontsize=9)
+        row[0].set_ylabel(f"layer {layer}", fontsize=9)
+        row[0].set_yticks(shown, [plotting.plain(labels[i]) for i in shown])
     grid[0, 0].set_xticks([])
-    bar = figure.colorbar(image, ax=grid, shrink=0.7)
-    bar.set_label("attention of row to column", fontsize=7)
-    bar.ax.tick_params(labelsize=6)
-    figure.suptitle(title, fontsize=9)
+    bar = figure.colorbar(image, ax=grid, shrink=0.8)
+    bar.set_label("attention of row to column", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(plotting.plain(title), fontsize=11)
     return figure
 
 
@@ -152,7 +180,7 @@ def _require_block_model(model: Model) -> None:
 
 
 def _separate(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """The same function, computed in the plain way, layer by layer."""
+    """Return the same model with plain formulations and one subtree per layer."""
     config = dataclasses.replace(
         model.config, scan_layers=False, remat="none", platform="cpu", formulations=Formulations()
     )
@@ -164,7 +192,7 @@ def _separate(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, An
 def _contexts(
     model: Model, params: dict[str, Any], tokens_NxK: jax.Array, mask_NxK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Context embeddings `[N, n * D]` and the attention that made them."""
+    """Return context embeddings `[N, n * D]` and the attention weights of the block decoder."""
 
     def run(net: Model) -> tuple[jax.Array, jax.Array]:
         if isinstance(net, BlockTransformer):
@@ -202,8 +230,8 @@ def _nearest(
         x = x.astype(jnp.float32)
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
-    told_NxPxE = model.apply(
+    vectors_NxPxE = model.apply(
         {"params": params}, context_NxnD, method=lambda net, x: net.token_decoder.expansion(x)
     )
     table_VxE = unit(params["token_decoder"]["embed"]["embedding"])
-    return jax.lax.top_k(jnp.einsum("npe,ve->npv", unit(told_NxPxE), table_VxE), count)
+    return jax.lax.top_k(jnp.einsum("npe,ve->npv", unit(vectors_NxPxE), table_VxE), count)

@@ -24,6 +24,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 BLOCK, VANILLA = PALETTE[:2]  # the two kinds of model, in all plots
 GREY = "#7a7a7a"  # references and bounds
 HEAT = "viridis"  # colour map of heat maps
+ATTENTION = "magma_r"  # of attention, most of which is near 0: white
 
 _DPI = 120
 _LABEL_SIZE = 9
@@ -102,15 +103,22 @@ def draw_categories(
     axes.grid(axis="x", visible=False)
 
 
+def plain_axis(axis: Axis) -> None:
+    """Write 10,000 at ticks in place of 10000 or 1e4."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+
+
 def log_axis(axis: Axis) -> None:
     """Make an axis logarithmic with plain numbers at ticks; call it after drawing."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     _scale(axis, "log")
     low, high = sorted(axis.get_view_interval())
     axis.set_major_locator(FixedLocator(_log_ticks(low, high)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    plain_axis(axis)
 
 
 def log2_axis(axis: Axis, values: Sequence[float]) -> None:
@@ -127,8 +135,12 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, lift: float = 0
+) -> None:
     """Write labels beside the points `(x, y, text, color)`, moved apart where they would overlap.
+
+    `lift` is the distance in points that they stand above the points.
 
     Call it last: the distances are those of the axes as they are drawn at this moment.
     """
@@ -142,7 +154,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
         axes.annotate(
             plain(text),
             (x, y),
-            xytext=(7, shown - own),
+            xytext=(7, shown - own + lift),
             textcoords="offset points",
             va="center",
             fontsize=_LABEL_SIZE,

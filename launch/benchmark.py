@@ -15,16 +15,18 @@ from blocktx.benchmark import (
     Candidate,
     equal_vanilla,
     largest_batch,
-    measure,
     measure_machine,
     plot,
     random_model,
+    running_measure,
+    runs_per_round,
     table,
     with_room,
     write_json,
 )
 from blocktx.checkpoint import load_params
 from blocktx.model import build, for_decoding
+from blocktx.progress_bar import ProgressBar, until_interrupted
 from blocktx.train import read
 
 _CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:NAME; its model is measured.")
@@ -58,7 +60,9 @@ _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Of parameters, cache and computation; None: as in it."
 )
 _JSON = flags.DEFINE_string("json", None, "A file to write the results to.")
-_PLOT = flags.DEFINE_string("plot", None, "A PNG file: throughput against the checkpoints' losses.")
+_PLOT = flags.DEFINE_string(
+    "plot", None, "A PNG file: throughput by batch size, and by loss for several --checkpoint."
+)
 
 
 def _tokens() -> tuple[int, int]:
@@ -128,32 +132,47 @@ def _saved(path: str, tokens: int) -> Candidate:
     return Candidate(run.name, *separate, losses[-1] if losses else None)
 
 
+def _rounds(candidates: list[Candidate], **shape: int) -> list[list[int]]:
+    """Return the batch sizes to measure, one for each candidate in each round."""
+    sizes = _batch_sizes()
+    if sizes is not None:
+        return [[size] * len(candidates) for size in sizes]
+    limit = _memory_limit()
+    with ProgressBar(total=len(candidates), desc="largest batch", unit=" models") as bar:
+        largest = []
+        for candidate in candidates:
+            largest.append(largest_batch(candidate, limit, **shape))
+            bar.update()
+    return [largest]
+
+
 def main() -> None:
     prompt, new = _tokens()
-    sizes = _batch_sizes()
-    if _PLOT.value and not _CHECKPOINT.value:
-        raise ValueError("--plot needs runs with a held-out loss: give them with --checkpoint")
+    _batch_sizes()
     candidates = _candidates(prompt + new)
-    unknown = [candidate.name for candidate in candidates if candidate.loss is None]
-    if _PLOT.value and unknown:
-        raise ValueError(f"--plot: no held-out loss in the metrics.jsonl of {', '.join(unknown)}")
     shape = dict(prompt_tokens=prompt, new_tokens=new)
-    if sizes is None:
-        limit = _memory_limit()
-        rounds = [[largest_batch(c, limit, **shape) for c in candidates]]
-    else:
-        rounds = [[size] * len(candidates) for size in sizes]
-    machine = measure_machine(candidates[0].model.config.compute_dtype)
-    results = []
-    for batch_sizes in rounds:
-        results += measure(
-            candidates, machine, batch_sizes=batch_sizes, repeats=_REPEATS.value, **shape
-        )
-    print(table(results, machine))
+    rounds = _rounds(candidates, **shape)
+    peaks = measure_machine(candidates[0].model.config.compute_dtype)
+    results, finished = [], True
+    total = len(rounds) * (_REPEATS.value + 1) * runs_per_round(candidates)
+    with ProgressBar(total=total, unit=" runs") as bar:
+        for batch_sizes in rounds:
+            running = running_measure(
+                candidates, peaks, batch_sizes=batch_sizes, repeats=_REPEATS.value, bar=bar, **shape
+            )
+            found, finished = until_interrupted(running, lambda _: None, none=bool(results))
+            results += found or []
+            if not finished:
+                break
+    if not finished:
+        print("interrupted: of the repeats until then")
+    print(table(results, peaks))
     if _JSON.value:
-        print(write_json(_JSON.value, results, machine))
+        print(write_json(_JSON.value, results, peaks))
     if _PLOT.value:
         print(plot(_PLOT.value, results))
+    if not finished:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

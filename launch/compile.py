@@ -23,7 +23,7 @@ from blocktx.compile import (
     find_topology,
     table,
 )
-from blocktx.config import RunConfig, from_config_dict
+from blocktx.config import RunConfig
 from blocktx.files import write_atomic
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -78,7 +78,7 @@ def main() -> None:
                 raise ValueError(f"--{flag.name}: is for --program=decode or prefill")
         if _BATCH_SIZE.value is not None:
             _CONFIG.value.training.batch_size = _BATCH_SIZE.value
-    configs = [from_config_dict(_CONFIG.value)]
+    configs = [command_line.run_config(_CONFIG.value)]
     topology = find_topology(_TOPOLOGY.value, _TARGET_CONFIG.value)
     if _AGAINST.value:
         if configs[0].model.kind != "block":

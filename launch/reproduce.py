@@ -24,11 +24,21 @@ from etils import epath
 from blocktx import command_line, cost
 from blocktx.config import RunConfig
 from blocktx.parallel import initialize
-from blocktx.reproduce import runner
-from blocktx.reproduce.report import RESULTS, read_results, write_report, write_results
-from blocktx.reproduce.scale import SCALES, Base
-from blocktx.reproduce.studies import STUDIES
-from blocktx.reproduce.study import Results, Study
+from blocktx.reproduce import (
+    RESULTS,
+    SCALES,
+    STUDIES,
+    Base,
+    Results,
+    Study,
+    collect,
+    read_results,
+    read_run,
+    read_speed,
+    run_all,
+    write_report,
+    write_results,
+)
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -44,6 +54,7 @@ _STEPS = flags.DEFINE_integer(
 )
 _SEEDS = flags.DEFINE_list("seeds", None, "As in 0,1,2; None: those of the scale.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and whether they are finished.")
+_SPEEDS = flags.DEFINE_bool("speeds", True, "Measure decoding, too. It takes an idle machine.")
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make the report from its results.json.")
 
 
@@ -70,11 +81,11 @@ def _list(studies: list[Study], seeds: list[int], saved: Results) -> None:
         tokens = training.steps * training.batch_size * model.context_length
         flops = training.steps * cost.train_step(run.config).flops
         for seed in seeds:
-            result = runner.read_run(run, seed, _WORKDIR.value, saved)
+            result = read_run(run, seed, _WORKDIR.value, saved)
             done = "" if result is None else "  finished"
             print(f"{run.name:36} {seed:>4} {training.steps:>8} {tokens:>16,} {flops:8.1e}{done}")
     for speed in {speed.name: speed for study in studies for speed in study.speeds}.values():
-        done = "" if runner.read_speed(speed, _WORKDIR.value, saved) is None else "  finished"
+        done = "" if read_speed(speed, _WORKDIR.value, saved) is None else "  finished"
         print(f"speed of {', '.join(speed.models)}: batch {speed.batch_size}{done}")
 
 
@@ -107,13 +118,15 @@ def main() -> None:
         initialize("auto")
 
         def save() -> None:  # other processes may have written since
-            everything = runner.collect(
+            everything = collect(
                 studies.values(), _WORKDIR.value, _saved(output, flags_, required=False)
             )
             if jax.process_index() == 0:
                 write_results(output, everything, flags_)
 
-        failed = runner.run_all(chosen, seeds, _WORKDIR.value, results, save)
+        if not _SPEEDS.value:
+            chosen = [study._replace(speeds=[]) for study in chosen]
+        failed = run_all(chosen, seeds, _WORKDIR.value, results, save)
         if jax.process_index():
             return
         save()

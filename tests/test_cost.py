@@ -41,6 +41,7 @@ BLOCK = BlockConfig(
 VANILLA = VanillaConfig(
     vocab_size=50, context_length=10, decoder=StackConfig(2, 32, 4), platform="cpu"
 )
+LLAMA = StackConfig.llama(2, 24, 4, key_value_heads=2, head_width=8, mlp_width=40, qk_norm=True)
 ENCODER = EncoderConfig(layers=2, width=8, heads=2)
 
 
@@ -61,6 +62,9 @@ MODELS = {
         embedder=EmbedderConfig("cls", cls_tokens=4, concatenate=True, encoder=ENCODER)
     ),
     "summation": variant(conditioning="summation"),
+    "llama": variant(block_decoder=LLAMA, token_decoder=LLAMA),
+    "llama_cross": variant(token_decoder=LLAMA, conditioning="cross_attention"),
+    "llama_vanilla": dataclasses.replace(VANILLA, decoder=LLAMA, tied_classifier=True),
     "cross_attention": variant(conditioning="cross_attention"),
 }
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)

@@ -15,6 +15,8 @@ from blocktx.benchmark.measure import (
     largest_batch,
     measure,
     random_model,
+    running_measure,
+    runs_per_round,
     with_room,
 )
 from blocktx.benchmark.report import plot, table, write_json
@@ -30,6 +32,8 @@ __all__ = [
     "measure_machine",
     "plot",
     "random_model",
+    "running_measure",
+    "runs_per_round",
     "table",
     "with_room",
     "write_json",

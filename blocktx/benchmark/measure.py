@@ -1,18 +1,17 @@
-"""Measured decoding: throughput and latency of models that take turns, and the memory they need."""
+"""Measured decoding: throughput and latency of models in turns, and the memory they need."""
 
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from blocktx import cost
-from blocktx.benchmark.machine import Machine
+from blocktx.benchmark.machine import MeasuredPeaks
 from blocktx.config import BlockConfig, ModelConfig, VanillaConfig
 from blocktx.decode import (
     Prompts,
@@ -24,13 +23,14 @@ from blocktx.decode import (
     prefill,
 )
 from blocktx.model import Model, build, for_decoding, init_params
+from blocktx.progress_bar import ProgressBar
 
 SETTINGS = {"prefill_heavy": (2048, 128), "decode_heavy": (128, 2048)}  # of the paper, section 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A model to measure, ready to decode."""
+    """A model to measure, with one subtree of parameters per layer."""
 
     name: str
     model: Model
@@ -40,7 +40,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Of one model at one batch size; times are medians of the repeats, in seconds."""
+    """One model at one batch size; times are medians of the repeats, in seconds."""
 
     model: str
     batch_size: int
@@ -50,16 +50,17 @@ class Result:
     prefill_seconds: float
     seconds_to_first_token: float
     seconds: float  # for all of it
-    roofline_share: float  # of `seconds`, what the machine's own figures would allow
+    roofline_share: float  # of `seconds`, by the measured peaks of the machine
     bytes_per_sample: float  # of the compiled programs, beside the parameters
     counted_bytes_per_sample: int  # cache and logits
     loss: float | None
 
 
 def equal_vanilla(config: BlockConfig) -> VanillaConfig:
-    """The vanilla model as wide as the block decoder whose non-embedding parameters come nearest.
+    """Return the vanilla model of the block decoder's width with about as many parameters.
 
-    Where both decoders are equally wide, its layers are theirs together (paper, table 1).
+    Non-embedding parameters are counted. If both decoders are equally wide, it has the layers of
+    both (paper, table 1).
     """
     wanted = cost.count_params(config).non_embedding
 
@@ -79,16 +80,16 @@ def equal_vanilla(config: BlockConfig) -> VanillaConfig:
 
 
 def random_model(config: ModelConfig) -> tuple[Model, dict]:
-    """A model with new weights, ready to decode: speed does not depend on what they are."""
+    """Return a model with random weights, ready to decode: its speed does not depend on them."""
     model = build(config)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     return for_decoding(model, params)
 
 
 def with_room(config: ModelConfig, tokens: int, dtype: str | None = None) -> ModelConfig:
-    """`config` for contexts of `tokens` tokens or more, in `dtype` (None: its `compute_dtype`).
+    """Return `config` with a context of `tokens` or more, in `dtype` (None: `compute_dtype`).
 
-    Parameters are held in the dtype of the computation, as one does who only decodes.
+    Parameters get the dtype of the computation.
     """
     length = config.block_length
     context = max(config.context_length, -(-tokens // length) * length)
@@ -106,11 +107,18 @@ def decode_throughput(
     new_tokens: int,
     repeats: int = 3,
 ) -> list[float]:
-    """Generated tokens a second of each model, prefill included, all rows to their last token.
+    """Return the generated tokens per second of each model, prefill included.
 
-    Prompts are of `prompt_tokens` tokens, or each model has its own. The models take turns, so that
-    a change in the machine's speed meets all of them alike. The first round compiles and is not
-    counted; the result is the median of the others.
+    All rows are generated to their last token. Models take turns, so a change in the machine's
+    speed affects all of them. The first round compiles and is not counted; the result is the median
+    of the others.
+
+    Args:
+      models: modules and parameters.
+      batch_size: rows.
+      prompt_tokens: length of the prompts, of all models or of each.
+      new_tokens: tokens to generate in each row.
+      repeats: counted rounds.
     """
     if isinstance(prompt_tokens, int):
         prompt_tokens = [prompt_tokens] * len(models)
@@ -118,22 +126,39 @@ def decode_throughput(
         functools.partial(_generate, model, params, batch_size, prompt, new_tokens)
         for (model, params), prompt in zip(models, prompt_tokens, strict=True)
     ]
-    return [batch_size * new_tokens / seconds for seconds in _in_turns(runs, repeats)]
+    *_, seconds = _in_turns(runs, repeats)
+    return [batch_size * new_tokens / each for each in seconds]
 
 
-def measure(
+def measure(candidates: Sequence[Candidate], peaks: MeasuredPeaks, **options: Any) -> list[Result]:
+    """Return the last results of `running_measure`, which takes the same arguments."""
+    *_, results = running_measure(candidates, peaks, **options)
+    return results
+
+
+def running_measure(
     candidates: Sequence[Candidate],
-    machine: Machine,
+    peaks: MeasuredPeaks,
     *,
     batch_sizes: Sequence[int],
     prompt_tokens: int,
     new_tokens: int,
     repeats: int = 3,
-) -> list[Result]:
-    """Every candidate at its batch size, `batch_sizes` having one a candidate.
+    bar: ProgressBar | None = None,
+) -> Iterator[list[Result]]:
+    """Yield a result for each candidate after every counted round of `decode_throughput`.
 
-    All are greedy, and decode through the same engine to their last token; see `decode_throughput`
-    for how time is taken. Time to the first token is that of a call for one token.
+    All models decode greedily through one engine to their last token. Time to the first token is
+    that of a call for one token.
+
+    Args:
+      candidates: the models.
+      peaks: of the machine, for the roofline.
+      batch_sizes: one for each candidate.
+      prompt_tokens: length of the prompts.
+      new_tokens: tokens to generate in each row.
+      repeats: counted rounds.
+      bar: is moved by `(repeats + 1) * runs_per_round(candidates)`.
     """
     runs = []
     for candidate, batch_size in zip(candidates, batch_sizes, strict=True):
@@ -144,37 +169,47 @@ def measure(
             functools.partial(_generate, *shape, 1),
             functools.partial(_generate, *shape, new_tokens),
         ]
-    seconds = iter(_in_turns(runs, repeats, show=True))
-    results = []
-    for candidate, batch_size in zip(candidates, batch_sizes, strict=True):
-        config = candidate.model.config
-        prefill_seconds, to_first, whole = next(seconds), next(seconds), next(seconds)
-        shape = (batch_size, prompt_tokens, new_tokens)
-        results.append(
-            Result(
-                model=candidate.name,
-                batch_size=batch_size,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                tokens_per_second=batch_size * new_tokens / whole,
-                prefill_seconds=prefill_seconds,
-                seconds_to_first_token=to_first,
-                seconds=whole,
-                roofline_share=_roofline_seconds(config, machine, *shape) / whole,
-                bytes_per_sample=program_bytes(candidate, *shape) / batch_size,
-                counted_bytes_per_sample=counted_bytes(config, prompt_tokens, new_tokens),
-                loss=candidate.loss,
+    memory: list[float] = []
+    for seconds in _in_turns(runs, repeats, bar):
+        memory = memory or [
+            program_bytes(candidate, size, prompt_tokens, new_tokens)
+            for candidate, size in zip(candidates, batch_sizes, strict=True)
+        ]
+        results = []
+        for i, (candidate, batch_size) in enumerate(zip(candidates, batch_sizes, strict=True)):
+            config = candidate.model.config
+            prefill_seconds, to_first, whole = seconds[3 * i : 3 * i + 3]
+            shape = (batch_size, prompt_tokens, new_tokens)
+            results.append(
+                Result(
+                    model=candidate.name,
+                    batch_size=batch_size,
+                    prompt_tokens=prompt_tokens,
+                    new_tokens=new_tokens,
+                    tokens_per_second=batch_size * new_tokens / whole,
+                    prefill_seconds=prefill_seconds,
+                    seconds_to_first_token=to_first,
+                    seconds=whole,
+                    roofline_share=_roofline_seconds(config, peaks, *shape) / whole,
+                    bytes_per_sample=memory[i] / batch_size,
+                    counted_bytes_per_sample=counted_bytes(config, prompt_tokens, new_tokens),
+                    loss=candidate.loss,
+                )
             )
-        )
-    return results
+        yield results
+
+
+def runs_per_round(candidates: Sequence[Candidate]) -> int:
+    """Return the number of timed calls in a round of `running_measure`."""
+    return 3 * len(candidates)
 
 
 def largest_batch(
     candidate: Candidate, limit_bytes: float, *, prompt_tokens: int, new_tokens: int
 ) -> int:
-    """The largest power of two whose compiled programs and parameters fit into `limit_bytes`.
+    """Return the largest batch, a power of two, that fits into `limit_bytes`.
 
-    Nothing is run. Other batches are rounded up to a power of two.
+    Counted are the parameters and what the compiled programs need. Nothing is run.
 
     Raises:
       ValueError: not even one row fits.
@@ -190,7 +225,7 @@ def largest_batch(
             f"memory_limit: {candidate.name} needs {small / 2**30:.2f} GiB for a batch of 1, and "
             f"{limit_bytes / 2**30:.2f} GiB is given; use more, or a shorter prompt or answer"
         )
-    # No row needs less than is counted, so that no more fit.
+    # Every row needs at least its counted bytes: an upper bound to start from.
     a_row = counted_bytes(candidate.model.config, prompt_tokens, new_tokens)
     most = int(limit_bytes - held) // a_row
     batch_size = 1 << (most.bit_length() - 1)
@@ -202,7 +237,7 @@ def largest_batch(
 def program_bytes(
     candidate: Candidate, batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> int:
-    """Bytes that decoding a batch needs beside the parameters: those of its larger program."""
+    """Return the bytes that decoding a batch needs beside the parameters, of its larger program."""
     net, params = candidate.model, candidate.params
     prompts = _place(net.config, batch_size, prompt_tokens, new_tokens)
     state = jax.eval_shape(functools.partial(prefill, net), params, prompts)
@@ -223,7 +258,7 @@ def program_bytes(
 
 
 def counted_bytes(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> int:
-    """Bytes of a row's cache and of the logits of the token that it is at."""
+    """Return the bytes of a row's cache and of one token's logits."""
     slots = _place(config, 1, prompt_tokens, new_tokens).cache_blocks
     return cost.cache_bytes(config, slots) + cost.logits_bytes(config, 1)
 
@@ -233,11 +268,11 @@ def _bytes(tree: Any) -> int:
 
 
 def _roofline_seconds(
-    config: ModelConfig, machine: Machine, batch_size: int, prompt_tokens: int, new_tokens: int
+    config: ModelConfig, peaks: MeasuredPeaks, batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> float:
     prompt, new = (-(-tokens // config.block_length) for tokens in (prompt_tokens, new_tokens))
-    first = machine.seconds(cost.extend(config, batch_size, prompt, prompt))
-    return first + new * machine.seconds(cost.decode_block(config, batch_size, prompt + new))
+    first = peaks.seconds(cost.extend(config, batch_size, prompt, prompt))
+    return first + new * peaks.seconds(cost.decode_block(config, batch_size, prompt + new))
 
 
 def _prompts(config: ModelConfig, batch_size: int, tokens: int) -> np.ndarray:
@@ -277,15 +312,17 @@ def _place(config: ModelConfig, batch_size: int, prompt_tokens: int, new_tokens:
     )
 
 
-def _in_turns(runs: Sequence[Callable[[], None]], repeats: int, show: bool = False) -> list[float]:
-    """Median seconds of each run, all of them by turns, after a first round that compiles."""
-    seconds = [[] for _ in runs]
-    bar = tqdm(total=(repeats + 1) * len(runs), unit=" runs", disable=None if show else True)
-    with bar:
-        for _ in range(repeats + 1):
-            for run, measured in zip(runs, seconds, strict=True):
-                begin = time.perf_counter()
-                run()
-                measured.append(time.perf_counter() - begin)
+def _in_turns(
+    runs: Sequence[Callable[[], None]], repeats: int, bar: ProgressBar | None = None
+) -> Iterator[list[float]]:
+    """Yield the median seconds of each run so far, after each round but the first (it compiles)."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for number in range(repeats + 1):
+        for run, measured in zip(runs, seconds, strict=True):
+            begin = time.perf_counter()
+            run()
+            measured.append(time.perf_counter() - begin)
+            if bar is not None:
                 bar.update()
-    return [statistics.median(measured[1:]) for measured in seconds]
+        if number:
+            yield [statistics.median(measured[1:]) for measured in seconds]

@@ -1,24 +1,32 @@
-"""What `blocktx.benchmark` measures, shown: a table, a JSON file, a plot."""
+"""Results of `blocktx.benchmark`: a table, a JSON file, a plot."""
+
+from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
+from etils import epath
 
-from blocktx.benchmark.machine import Machine
+from blocktx import plotting
+from blocktx.benchmark.machine import MeasuredPeaks
 from blocktx.benchmark.measure import Result
-from blocktx.files import write_atomic, write_png
+from blocktx.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def table(results: Sequence[Result], machine: Machine) -> str:
-    """One line a model and batch size; models at one batch size are compared with the first."""
+def table(results: Sequence[Result], peaks: MeasuredPeaks) -> str:
+    """Return a line for each model and batch size, and ratios to the first model."""
     width = max(len(result.model) for result in results)
     lines = [
-        f"{machine.device}: {machine.flops_per_second / 1e9:.0f} GFLOP/s in a product of 2048^3, "
-        f"{machine.bytes_per_second / 1e9:.1f} GB/s in a sum of 256 MB",
+        f"{peaks.device}: {peaks.flops_per_second / 1e9:.0f} GFLOP/s in a product of 2048^3, "
+        f"{peaks.bytes_per_second / 1e9:.1f} GB/s in a sum of 256 MB",
         f"prompt of {results[0].prompt_tokens} tokens, {results[0].new_tokens} new ones",
         f"{'model':{width}}  batch  prefill s  first token s  tokens/s  MB/sample  of roofline",
     ]
@@ -38,57 +46,86 @@ def table(results: Sequence[Result], machine: Machine) -> str:
 
 
 def write_json(
-    path: str | os.PathLike[str], results: Sequence[Result], machine: Machine
+    path: str | os.PathLike[str], results: Sequence[Result], peaks: MeasuredPeaks
 ) -> pathlib.Path:
-    """Writes `{"machine": {...}, "results": [{...}, ...]}`, and returns where."""
+    """Write `{"machine": {...}, "results": [{...}, ...]}`, and return the path."""
     out = {
-        "machine": machine._asdict(),
+        "machine": peaks._asdict(),
         "results": [dataclasses.asdict(result) for result in results],
     }
     write_atomic(path, json.dumps(out, indent=2) + "\n")
     return pathlib.Path(path)
 
 
-def plot(path: str | os.PathLike[str], results: Sequence[Result]) -> pathlib.Path:
-    """Draws throughput against held-out loss, each model at its fastest, and returns where.
+def plot(path: str | os.PathLike[str], results: Sequence[Result]) -> epath.Path:
+    """Draw throughput by batch size and, if all losses are known, against loss; return the path."""
+    models = list(dict.fromkeys(result.model for result in results))
+    with_losses = all(result.loss is not None for result in results) and len(models) > 1
+    panels = 2 if with_losses else 1
+    figure, grid = plotting.new_grid(1, panels, width=4.6 * panels + 1, height=3.9)
+    colors = dict(zip(models, itertools.cycle(plotting.PALETTE), strict=False))
+    _draw_by_batch(grid[0, 0], results, colors)
+    if with_losses:
+        _draw_by_loss(grid[0, 1], results, colors)
+    first = results[0]
+    figure.suptitle(
+        f"{first.prompt_tokens:,} tokens in, {first.new_tokens:,} out, prefill included",
+        fontsize=11,
+    )
+    return plotting.save(figure, path)
 
-    The line joins the models that no other beats in both.
 
-    Raises:
-      ValueError: a result has no loss.
-    """
-    unknown = sorted({result.model for result in results if result.loss is None})
-    if unknown:
-        raise ValueError(f"plot: no held-out loss is known of {', '.join(unknown)}")
+def _draw_by_batch(axes: Axes, results: Sequence[Result], colors: dict[str, str]) -> None:
+    for model, color in colors.items():
+        own = sorted((r for r in results if r.model == model), key=lambda r: r.batch_size)
+        sizes, rates = [r.batch_size for r in own], [r.tokens_per_second for r in own]
+        plotting.draw_line(axes, sizes, rates, color=color, label=model)
+        bounds = [r.tokens_per_second / r.roofline_share for r in own if r.roofline_share]
+        if len(bounds) == len(own):
+            axes.plot(sizes, bounds, color=color, linestyle=":", linewidth=1.2)
+    axes.plot([], [], color=plotting.GREY, linestyle=":", label="roofline")
+    axes.set(xlabel="batch size", ylabel="generated tokens per second")
+    plotting.log2_axis(axes.xaxis, sorted({r.batch_size for r in results}))
+    plotting.log_axis(axes.yaxis)
+    plotting.legend(axes)
+
+
+def _draw_by_loss(axes: Axes, results: Sequence[Result], colors: dict[str, str]) -> None:
+    """Draw each model at its fastest, and a step line under which no model lies."""
     fastest: dict[str, Result] = {}
     for result in sorted(results, key=lambda r: r.tokens_per_second):
         fastest[result.model] = result
-    front = [
+    front = sorted(_front(list(fastest.values())), key=lambda r: r.loss)
+    if len(front) > 1:
+        axes.step(
+            [r.loss for r in front],
+            [r.tokens_per_second for r in front],
+            where="post",
+            color=plotting.GREY,
+            linestyle="--",
+            linewidth=1.2,
+            label="no model here is both\nbetter and faster",
+        )
+        axes.legend(frameon=False, fontsize=9)
+    ends = []
+    for model, result in fastest.items():
+        axes.plot(result.loss, result.tokens_per_second, "o", color=colors[model])
+        text = f"{model}, batch {result.batch_size}"
+        ends.append((result.loss, result.tokens_per_second, text, colors[model]))
+    axes.set(xlabel="held-out loss (nats per token)", ylabel="generated tokens per second")
+    axes.margins(x=0.15, y=0.25)
+    plotting.log_axis(axes.yaxis)
+    axes.locator_params(axis="x", nbins=5)
+    plotting.label_ends(axes, ends, lift=9)
+
+
+def _front(results: Sequence[Result]) -> list[Result]:
+    """Return the results that no other beats in both loss and throughput."""
+    return [
         a
-        for a in fastest.values()
+        for a in results
         if not any(
             b.loss <= a.loss and b.tokens_per_second >= a.tokens_per_second and b is not a
-            for b in fastest.values()
+            for b in results
         )
     ]
-    front.sort(key=lambda r: r.loss)
-    figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(
-        yscale="log",
-        xlabel="held-out loss (nats per token)",
-        ylabel="generated tokens per second",
-        title=f"{results[0].prompt_tokens} tokens in, {results[0].new_tokens} out",
-    )
-    axes.plot([r.loss for r in front], [r.tokens_per_second for r in front], color="#4c78a8")
-    for result in fastest.values():
-        axes.plot(result.loss, result.tokens_per_second, "o", color="#4c78a8")
-        axes.annotate(
-            f"{result.model}, batch {result.batch_size}",
-            (result.loss, result.tokens_per_second),
-            xytext=(6, 4),
-            textcoords="offset points",
-        )
-    axes.grid(which="both", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return pathlib.Path(write_png(path, figure))

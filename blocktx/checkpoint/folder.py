@@ -1,38 +1,38 @@
-"""The folder of a checkpoint: finding it, reading it, and checking that it is what is asked for."""
+"""The folder of a checkpoint: find it, read it, check it."""
 
 import contextlib
-import importlib.metadata
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from blocktx.config import RunConfig, from_config_dict, to_dict
+from blocktx.checkpoint.digest import measure, path_name
+from blocktx.checkpoint.errors import DamagedError, is_transient
+from blocktx.checkpoint.metadata import (
+    Metadata,
+    Shapes,
+    check_arrays,
+    check_fit,
+    listed,
+    parse_metadata,
+    require_finite,
+)
+from blocktx.config import FORMAT_VERSION, UserError
 from blocktx.files import absolute
 
-FORMAT_VERSION = 1
-
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def blocktx_version() -> str:
-    """Of this package, to be written into what it writes."""
-    try:
-        return importlib.metadata.version("blocktx")
-    except importlib.metadata.PackageNotFoundError:  # used from a clone
-        return "unknown"
+__all__ = ["FORMAT_VERSION", "find", "find_all", "has_checkpoint", "new_folder"]
 
 
 @contextlib.contextmanager
 def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
-    """A folder to write into, which in the end is renamed to `folder`, or after an error removed.
+    """Yield a folder to write into. It is renamed to `folder` at the end, or removed on an error.
 
     Raises:
-      FileExistsError: if there is something at `folder`.
+      FileExistsError: `folder` exists.
     """
     path = absolute(folder)
     if path.exists():
@@ -49,129 +49,146 @@ def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def has_checkpoint(workdir: epath.PathLike) -> bool:
-    """Whether there is a finished checkpoint of the run in `workdir`."""
-    try:
-        find(epath.Path(workdir) / "checkpoints")
-    except FileNotFoundError:
-        return False
-    return True
+    """Return whether `workdir` has a finished checkpoint."""
+    return bool(find_all(workdir))
+
+
+def find_all(workdir: epath.PathLike) -> dict[int, epath.Path]:
+    """Return the folders of all finished checkpoints of a run by step, the newest first.
+
+    Args:
+      workdir: a run folder or its `checkpoints` folder.
+    """
+    path = absolute(workdir)
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not root.is_dir():
+        return {}
+    found = {x.step: x.path for x in ocp.path.step.standard_name_format().find_all(root)}
+    return dict(sorted(found.items(), reverse=True))
 
 
 def find(path: epath.PathLike) -> epath.Path:
-    """The folder of one finished checkpoint: `path` itself, or the newest one in it.
+    """Return the folder of one finished checkpoint: `path` itself, or the newest one in it.
 
     Raises:
-      FileNotFoundError: if there is no such folder or no finished checkpoint in it.
+      FileNotFoundError: there is no such folder, or no finished checkpoint in it.
     """
     path = absolute(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such folder")
-    if (path / "_CHECKPOINT_METADATA").exists():  # orbax marks each checkpoint with this file
+    if (path / "_CHECKPOINT_METADATA").exists():  # Orbax marks each checkpoint with this file
         if not ocp.path.step.is_path_finalized(path):
             raise FileNotFoundError(f"{path}: a save that was never finished; choose another step")
         return path
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = list(ocp.path.step.standard_name_format().find_all(root))
+    steps = find_all(path)
     if not steps:
         raise FileNotFoundError(
             f"{path}: no finished checkpoint; give a run's folder, its checkpoints folder or the "
             "folder of one step"
         )
-    return max(steps, key=lambda found: found.step).path
+    return next(iter(steps.values()))
 
 
-def read_metadata(folder: epath.Path) -> tuple[int, RunConfig]:
-    """The step and the configuration of the run that a checkpoint is of.
+def read_metadata(folder: epath.Path, *, verify: bool = True) -> Metadata:
+    """Return the metadata of a checkpoint.
 
     Raises:
-      ValueError: if the checkpoint is not one of blocktx, of a newer format, or damaged.
+      UserError: the checkpoint is not of blocktx, of a newer format, or damaged.
     """
     missing = [item for item in ("params", "metadata") if not (folder / item).is_dir()]
     if missing:
         found = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir()))
-        raise ValueError(
+        raise UserError(
             f"{folder}: not a checkpoint of blocktx: no {' and no '.join(missing)} in it, only "
             f"{found or 'files'}"
         )
     metadata = read(folder, metadata=ocp.args.JsonRestore()).metadata
-    fields = ("format_version", "step", "config")
-    if not isinstance(metadata, dict) or any(field not in metadata for field in fields):
-        raise ValueError(
-            f"{folder}: not a checkpoint of blocktx: its metadata lacks {', '.join(fields)}"
-        )
-    if type(metadata["format_version"]) is not int:
-        raise ValueError(
-            f"{folder}: not a checkpoint of blocktx: its format_version is "
-            f"{metadata['format_version']!r}"
-        )
-    if metadata["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}: format_version is {metadata['format_version']}, and this blocktx reads up "
-            f"to {FORMAT_VERSION}; install blocktx {metadata.get('blocktx_version')} or newer"
-        )
-    try:
-        return metadata["step"], from_config_dict(metadata["config"])
-    except ValueError as error:
-        raise ValueError(f"{folder}: metadata: {error}") from error
+    return parse_metadata(str(folder), metadata, verify=verify)
 
 
 def read(folder: epath.Path, **items: Any) -> Any:
-    """The items of a checkpoint, each read as its Orbax arguments say, as attributes.
+    """Read items of a checkpoint according to their Orbax arguments; return them as attributes.
 
     Raises:
-      ValueError: if one of them cannot be read.
+      DamagedError: one of them cannot be read. Errors of a network are raised as they are.
     """
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**items))
-    except Exception as error:  # damage surfaces as whatever the layer that meets it raises
-        raise ValueError(
-            f"{folder}: cannot read {', '.join(items)}, a file may be damaged or missing: {error}"
-        ) from error
+    except Exception as error:  # damage is reported by whatever layer meets it
+        if is_transient(error):
+            raise
+        raise _damaged(folder, ", ".join(items), error) from error
 
 
-def check_names_and_shapes(folder: epath.Path, params: dict[str, Any]) -> None:
-    """Raises a ValueError that lists all parameters that differ from `params` in name or shape."""
+def _damaged(folder: epath.Path, items: str, error: Exception) -> DamagedError:
+    text = str(error)
+    text = text if len(text) <= 2000 else f"{text[:2000]}..."
+    return DamagedError(f"{folder}: cannot read {items}, a file may be damaged or missing: {text}")
+
+
+def read_params(
+    folder: epath.Path,
+    metadata: Metadata,
+    wanted: dict[str, Any],
+    *,
+    verify: bool = True,
+    allow_nonfinite: bool = False,
+) -> dict[str, Any]:
+    """Return the parameters of a checkpoint as a tree of ShapeDtypeStructs describes them.
+
+    They are read in the dtypes in which they are stored, checked, and then cast.
+
+    Raises:
+      UserError: names or shapes differ (all differences are listed), a parameter is not a floating
+        point array, or has NaN or infinity.
+      DamagedError: a file cannot be read, or an array is not what was written.
+    """
+    dtypes = check_stored(folder, wanted)
+
+    def as_stored(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtypes[path_name(path)], sharding=x.sharding)
+
+    stored = jax.tree.map_with_path(as_stored, wanted)
+    params = read(folder, params=ocp.args.StandardRestore(stored)).params
+    if verify or not allow_nonfinite:
+        digests, nonfinite = measure(params)
+        if verify:
+            check_arrays(str(folder), metadata.arrays, digests, "params/")
+        require_finite(str(folder), nonfinite, allow_nonfinite)
+    return jax.tree.map(
+        lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), params, wanted
+    )
+
+
+def check_stored(folder: epath.Path, params: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored dtype of each parameter, after a check of names, shapes and dtypes.
+
+    Raises:
+      UserError: parameters differ in name or shape (all are listed), or are not floating point.
+    """
     try:
-        stored = shapes(ocp.StandardCheckpointHandler().metadata(folder / "params").tree)
+        tree = ocp.StandardCheckpointHandler().metadata(folder / "params").tree
+        stored = shapes(tree)
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        dtypes = {path_name(path): leaf.dtype for path, leaf in leaves}
     except Exception as error:
-        raise ValueError(
-            f"{folder}: cannot read params, a file may be damaged or missing: {error}"
-        ) from error
+        if is_transient(error):
+            raise
+        raise _damaged(folder, "params", error) from error
     check_fit(folder, stored, shapes(params))
+    require_floats(str(folder), dtypes)
+    return dtypes
 
 
-def check_fit(folder: epath.Path, stored: Shapes, wanted: Shapes) -> None:
-    """Raises a ValueError that lists all parameters that are not stored as a model wants them."""
-    problems = [
-        f"  {name}: checkpoint {stored.get(name, 'lacks it')}, "
-        f"configuration {wanted.get(name, 'lacks it')}"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
-    ]
-    if problems:
-        raise ValueError(
-            "\n".join([f"{folder}: parameters do not fit the configuration:", *problems])
-        )
+def require_floats(where: str, dtypes: dict[str, Any]) -> None:
+    """Raise a UserError that names parameters whose dtypes are not floating point."""
+    wrong = [f"{name} ({x})" for name, x in dtypes.items() if not jnp.issubdtype(x, jnp.floating)]
+    if wrong:
+        raise UserError(f"{where}: parameters must be floating point, got {listed(wrong)}")
 
 
 def shapes(tree: Any) -> Shapes:
-    """The shapes of a tree's arrays, by name."""
-    return {
-        path_name(path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def path_name(path: Any) -> str:
-    """The name of a parameter by its path in the tree, such as `embedder/tokens/embedding`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def build_metadata(step: int, config: RunConfig, version: str) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "blocktx_version": version,
-        "step": step,
-        "config": to_dict(config),
-    }
+    """Return the shapes of a tree's arrays by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,27 +1,34 @@
 """Checkpoints of a run in training: save, and resume."""
 
 import dataclasses
+import sys
+import uuid
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from blocktx.checkpoint.folder import (
+from blocktx.checkpoint.digest import file_digest, json_digest, measure
+from blocktx.checkpoint.errors import DamagedError
+from blocktx.checkpoint.folder import check_stored, find, find_all, read, read_metadata
+from blocktx.checkpoint.metadata import (
+    Metadata,
     blocktx_version,
     build_metadata,
-    check_names_and_shapes,
-    find,
-    read,
-    read_metadata,
+    check_arrays,
 )
-from blocktx.config import RunConfig, to_dict
+from blocktx.config import RunConfig, UserError, is_storage_full, to_dict
 from blocktx.files import absolute
+
+_SET_ASIDE = "set_aside"
 
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """What of a checkpoint one needs to go on training."""
+    """Full training state of a checkpoint."""
 
     params: dict[str, Any]
     opt_state: Any
@@ -30,15 +37,16 @@ class Resumed:
 
 
 class Checkpoints:
-    """The checkpoints of the run in `workdir`, to be used in a `with` block by its training.
+    """The checkpoints of the run in `workdir`, for use in a `with` block by its training.
 
-    Entering removes what half-written saves have left; leaving waits for the save in progress.
+    Creation removes what unfinished saves have left. Leaving the block waits for a save under way.
     """
 
     def __init__(self, workdir: epath.PathLike, config: RunConfig):
         self._config = config
-        self._version = blocktx_version()  # it must not fail at the first save
-        self.directory = absolute(workdir) / "checkpoints"
+        self._version = blocktx_version()  # must not fail at the first save
+        self._workdir = absolute(workdir)
+        self.directory = self._workdir / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -50,58 +58,160 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        try:
+            self._manager.close()
+        except Exception as failed:
+            if error is not None:  # that one is the cause, or tells the same
+                print(f"warning: {self.directory}: {failed}", file=sys.stderr, flush=True)
+                return
+            raise self._explained(failed) from failed
 
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, those in the course of being saved included."""
+        """Return the step of the newest checkpoint, including one that is being saved."""
         return self._manager.latest_step()
 
     def save(self, step: int, params: dict[str, Any], opt_state: Any, data: dict[str, Any]) -> None:
-        """Starts to save. The arrays have left the device on return, so they may be donated.
+        """Start to save. The arrays have left the device on return and may be donated.
 
-        A failure to write is raised by the next `save` or on leaving the `with` block.
-        """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                opt_state=ocp.args.StandardSave(opt_state),
-                data=ocp.args.JsonSave(data),
-                metadata=ocp.args.JsonSave(build_metadata(step, self._config, self._version)),
-            ),
-        )
-
-    def restore(self, params: dict[str, Any], opt_state: Any) -> Resumed:
-        """The newest checkpoint, with arrays as the given trees of ShapeDtypeStructs describe them.
-
-        Each ShapeDtypeStruct's `sharding` says where its array goes, wherever it was saved from.
+        Digests of all arrays are computed first, in one pass over them on their devices.
 
         Raises:
-          FileNotFoundError: if there is no checkpoint.
-          ValueError: if the checkpoint is not one of blocktx, of a newer format, does not fit, is
-            damaged, or belongs to a run that differs in `model`, `data`, `seed` or
-            `training.batch_size`.
+          UserError: there is no space left, for this save or the one before. Other failures to
+            write are raised by the next `save` or on leaving the `with` block.
         """
-        folder = find(self.directory)
-        step, config = read_metadata(folder)
-        check_same_run(folder, config, self._config)
-        check_names_and_shapes(folder, params)
+        arrays, _ = measure({"params": params, "opt_state": opt_state})
+        tokenizer = file_digest(self._workdir / "tokenizer.json")
+        metadata = build_metadata(
+            step, self._config, self._version, arrays, data=data, tokenizer=tokenizer
+        )
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    opt_state=ocp.args.StandardSave(opt_state),
+                    data=ocp.args.JsonSave(data),
+                    metadata=ocp.args.JsonSave(metadata),
+                ),
+            )
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> Exception:
+        """Return the error to raise for a failed save."""
+        if not is_storage_full(error):
+            return error
+        whole = next(iter(find_all(self.directory).values()), None)
+        return UserError(
+            f"{self.directory}: no space left for a checkpoint; last whole one: "
+            f"{whole or 'there is none'}; make space, then run the same command with --resume"
+        )
+
+    def restore(
+        self,
+        params: dict[str, Any],
+        opt_state: Any,
+        step: int | None = None,
+        *,
+        verify: bool = True,
+    ) -> Resumed:
+        """Return the newest whole checkpoint, with arrays as trees of ShapeDtypeStructs describe.
+
+        Each ShapeDtypeStruct's `sharding` is where its array goes, wherever it was saved from. If a
+        checkpoint is damaged, a warning is printed and the one before it is read. Newer checkpoints
+        than the one returned are moved to `workdir/set_aside`.
+
+        Args:
+          params: shapes, dtypes and shardings of the parameters.
+          opt_state: those of the optimizer's state.
+          step: the checkpoint to restore, and no other. None: the newest whole one.
+          verify: whether to compare digests of all arrays with those in the metadata.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint, or not that one.
+          UserError: the checkpoint is not of blocktx, of a newer format, does not fit, holds
+            parameters alone, belongs to a run that differs in fields that must not change, or all
+            checkpoints are damaged.
+        """
+        folders = find_all(self.directory)
+        if step is not None and step not in folders:
+            known = ", ".join(map(str, sorted(folders))) or "there is none"
+            raise FileNotFoundError(f"{self.directory}: no checkpoint of step {step}; {known}")
+        wanted = list(folders) if step is None else [step]
+        first_error = None
+        for candidate in wanted:
+            try:
+                resumed = self._read(folders[candidate], params, opt_state, verify)
+            except DamagedError as error:
+                first_error = first_error or error
+                if candidate != wanted[-1]:
+                    print(
+                        f"warning: {error}\nwarning: trying the checkpoint before it",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                continue
+            self._set_aside([folders[newer] for newer in folders if newer > candidate])
+            return resumed
+        if first_error is not None:
+            raise first_error
+        find(self.directory)  # raises
+        raise FileNotFoundError(f"{self.directory}: no finished checkpoint")
+
+    def _read(
+        self, folder: epath.Path, params: dict[str, Any], opt_state: Any, verify: bool
+    ) -> Resumed:
+        metadata = read_metadata(folder, verify=verify)
+        check_same_run(folder, metadata.config, self._config)
+        check_stored(folder, params)
+        if not (folder / "opt_state").is_dir():
+            raise UserError(
+                f"{folder}: holds parameters alone, from which no run can be resumed; begin a new "
+                f"one with --config.training.init_from={self._workdir} in another workdir"
+            )
         items = read(
             folder,
             params=ocp.args.StandardRestore(params),
             opt_state=ocp.args.StandardRestore(opt_state),
             data=ocp.args.JsonRestore(),
         )
-        return Resumed(items.params, items.opt_state, items.data, step)
+        if verify:
+            _check_items(folder, metadata, items)
+        return Resumed(items.params, items.opt_state, items.data, metadata.step)
+
+    def _set_aside(self, folders: list[epath.Path]) -> None:
+        """Move checkpoints out of the way: Orbax saves no step below its newest one."""
+        if not folders:
+            return
+        target = self._workdir / _SET_ASIDE
+        if jax.process_index() == 0:
+            target.mkdir(parents=True, exist_ok=True)
+            for folder in folders:
+                moved = target / f"{folder.name}-{uuid.uuid4().hex[:6]}"
+                folder.rename(moved)
+                print(f"warning: {folder} was moved to {moved}", file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("blocktx: checkpoints set aside")
+        self._manager.reload()
+
+
+def _check_items(folder: epath.Path, metadata: Metadata, items: Any) -> None:
+    """Raise a DamagedError if arrays or the state of the data are not what was written."""
+    if metadata.arrays is None:  # format 1
+        return
+    found, _ = measure({"params": items.params, "opt_state": items.opt_state})
+    check_arrays(str(folder), metadata.arrays, found, "")
+    if metadata.data != json_digest(items.data):
+        raise DamagedError(f"{folder}: data: the state of the data was changed in storage")
 
 
 def check_same_run(folder: epath.Path, saved: RunConfig, config: RunConfig) -> None:
-    """Raises a ValueError that lists all fields in which a run must not differ from its resumption.
+    """Raise a UserError that lists all fields in which a resumed run must not differ.
 
-    Those are `model`, `data`, `seed`, `training.batch_size`, and of the optimizer `name` and
-    `moment_dtype`; but the cache may lie elsewhere, and `model.remat` and `model.platform` only say
-    how to compute.
+    These are `model`, `data`, `seed`, `training.batch_size`, and of the optimizer `name` and
+    `moment_dtype`. Excepted are fields that say where data are (the documents and the tokenizer are
+    compared by their digests), how to compute, and how new parameters are initialised.
     """
     old, new = _fixed_fields(saved), _fixed_fields(config)
     problems = [
@@ -110,30 +220,34 @@ def check_same_run(folder: epath.Path, saved: RunConfig, config: RunConfig) -> N
         if name not in old or name not in new or old[name] != new[name]
     ]
     if problems:
-        raise ValueError(
+        raise UserError(
             "\n".join([f"{folder}: a resumed run must not change these fields:", *problems])
         )
 
 
+# Fields of model and data that may change.
+_FREE = {
+    *(f"config.data.{name}" for name in ("source", "heldout_source", "tokenizer", "cache_dir")),
+    "config.data.verify_shards",
+    *(f"config.model.{name}" for name in ("remat", "platform", "initializer_range")),
+}
+
+
 def _fixed_fields(config: RunConfig) -> dict[str, Any]:
-    """Full names and values of these fields."""
+    """Return full names and values of the fields that must not change."""
     fields = {}
 
     def walk(name: str, node: Any) -> None:
         if isinstance(node, dict):
             for key, value in node.items():
                 walk(f"{name}.{key}", value)
-        else:
+        elif name not in _FREE:
             fields[name] = node
 
     whole = to_dict(config)
     for section in ("model", "data", "seed"):
         walk(f"config.{section}", whole[section])
-    for name in ("cache_dir", "verify_shards"):  # neither changes the data
-        del fields[f"config.data.{name}"]
-    for name in ("remat", "platform"):  # the same function, computed another way
-        del fields[f"config.model.{name}"]
     fields["config.training.batch_size"] = config.training.batch_size  # the data's state counts it
-    for name in ("name", "moment_dtype"):  # what the optimizer's state consists of
+    for name in ("name", "moment_dtype"):  # they determine the structure of the optimizer's state
         fields[f"config.optimizer.{name}"] = whole["optimizer"][name]
     return fields

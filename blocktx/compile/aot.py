@@ -23,7 +23,14 @@ from blocktx.config import MeshConfig, ModelConfig, RunConfig
 from blocktx.decode import Prompts, Sampling, decode_blocks, prefill
 from blocktx.model import abstract_params, build
 from blocktx.parallel import batch_parts, batch_sharding, check_model_fits, create_mesh, replicated
-from blocktx.train import abstract_batch, abstract_state, check_run, train_step
+from blocktx.train import (
+    abstract_batch,
+    abstract_cache,
+    abstract_state,
+    abstract_teacher,
+    check_run,
+    train_step,
+)
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
@@ -43,7 +50,7 @@ class DoesNotFit(ValueError):
 
 
 def compile_train_step(config: RunConfig, topology: Topology) -> Report:
-    """The training step of `config` on all chips of `topology`.
+    """The training step of `config` on all chips of `topology`; of distillation its last stage.
 
     Raises:
       DoesNotFit: the compiler says so, or the bytes do.
@@ -52,12 +59,14 @@ def compile_train_step(config: RunConfig, topology: Topology) -> Report:
     config = _on(topology, config)
     mesh = create_mesh(config.mesh, topology.devices)
     check_run(config, mesh)
-    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    state = abstract_state(config, mesh)
+    batch = abstract_batch(config, mesh) | abstract_cache(config, mesh)
+    teacher, last = abstract_teacher(config, mesh), len(config.distill.stages) - 1
     rows = config.training.batch_size
     if len({device.process_index for device in topology.devices}) > 1:
         batch["stop"] = jax.ShapeDtypeStruct((rows,), jnp.bool, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(state, batch, config, build(config.model))
+        lowered = train_step.lower(state, batch, config, build(config.model), teacher, last)
     compilation = _Compilation(
         program="train",
         model=config.model,
@@ -66,6 +75,7 @@ def compile_train_step(config: RunConfig, topology: Topology) -> Report:
         arguments={
             "parameters": state.params,
             "optimizer": (state.opt_state, state.step),
+            "teacher": () if teacher is None else teacher.params,
             "batch": batch,
         },
         batch_size=rows,
@@ -73,6 +83,8 @@ def compile_train_step(config: RunConfig, topology: Topology) -> Report:
         advice=lambda kinds, limit: _training_advice(kinds, limit, config, mesh),
     )
     products = cost.train_step(config).flops / mesh.size
+    if teacher is not None:
+        products += cost.forward(teacher.model.config, rows).flops / mesh.size
     return compilation.report(lowered, products, roofline=products / topology.chip.flops)
 
 

@@ -13,7 +13,7 @@ saved.py       configurations in files, of this version and older ones
 
 from blocktx.config.conversion import from_config_dict, to_config_dict, to_dict
 from blocktx.config.distill import DistillConfig, Multipliers, StageConfig
-from blocktx.config.errors import UserError, user_errors
+from blocktx.config.errors import UserError, is_storage_full, user_errors
 from blocktx.config.fields import FieldError, check_fields, divisors
 from blocktx.config.formulations import Formulations
 from blocktx.config.model import (
@@ -59,6 +59,7 @@ __all__ = [
     "divisors",
     "from_config_dict",
     "from_saved",
+    "is_storage_full",
     "portable",
     "to_config_dict",
     "to_dict",

@@ -1,7 +1,12 @@
 """The error for mistakes that only a person can correct."""
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
+
+# TensorStore raises a ValueError with the system's text.
+_STORAGE_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 class UserError(ValueError):
@@ -25,3 +30,14 @@ def user_errors() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def is_storage_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one of its causes, says that a disk or quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(error) for text in _STORAGE_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

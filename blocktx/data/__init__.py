@@ -2,14 +2,15 @@
 
 Knows no JAX. Reading order:
 
-    sources.py      which files a source consists of, and their documents:
+    sources.py      sources, their parts and documents:
+      source_files.py   which files a source consists of
       text_files.py   text and JSON Lines, plain or compressed
       tables.py       Parquet, ArrayRecord, Hugging Face datasets
       megatron.py     Megatron's .bin/.idx, and synthetic tokens
     tokenizer.py    text to token ids and back
     tokenizer_files.py  tokenizer.json and the files beside it
     preparation.py  sources tokenized into a prepared folder, on several processes and hosts:
-      tokenize_part.py, preparation_progress.py, folder_lock.py
+      tokenize_part.py, preparation_workers.py, preparation_progress.py, folder_lock.py
     manifest.py     what is in a prepared folder
     shards.py       its files of tokens, written whole and read by position
     disk_cache.py   folders in a cache directory, written atomically

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from blocktx.config import UserError
 from blocktx.data.documents import Documents
 
 
@@ -83,14 +84,14 @@ class PackedBlocks:
         return int(_count_blocks(lengths, padding, block_length).sum()) // blocks
 
     def require_context(self) -> None:
-        """Raise a ValueError if the documents do not fill one context."""
+        """Raise a UserError if the documents do not fill one context."""
         if self._length:
             return
         enough = self._total * self._block_length
         would = f"use {enough} or less, or more text"
         if self._total < 2:  # a context of one block has nothing to predict
             would = "use more text"
-        raise ValueError(
+        raise UserError(
             f"config.model.context_length: the {self._documents.token_count} training tokens make "
             f"{self._total} blocks of {self._block_length}, which do not fill one context of "
             f"{self._blocks * self._block_length} tokens; {would}"

@@ -3,6 +3,7 @@
 import array
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -13,21 +14,22 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from blocktx.config import DataConfig
+from blocktx.config import DataConfig, UserError
 from blocktx.data import sources
 from blocktx.data.disk_cache import cached_folder
 from blocktx.data.documents import DocumentRange, Documents, split
 from blocktx.data.manifest import Manifest
 from blocktx.data.preparation import prepare_folder
 from blocktx.data.shards import ShardedTokens
-from blocktx.data.sources import PREPARED, Source, parse_sources
+from blocktx.data.source_files import PREPARED
+from blocktx.data.sources import Source, parse_sources
 from blocktx.data.text_files import pieces
+from blocktx.data.tokenize_part import encoded
 from blocktx.data.tokenizer import Tokenizer
 
 PACKING = 2  # the version of how documents become batches; a change makes runs unresumable
 
 _FORMAT = 3  # of the cached files; a change makes old ones unknown
-_BATCH_CHARACTERS = 1 << 20  # tokenized at a time
 _MANY_HELDOUT = 50_000_000  # tokens, whose evaluation takes long
 
 
@@ -84,7 +86,7 @@ def prepare(config: DataConfig, vocab_size: int) -> Corpus:
 
     Raises:
       FileNotFoundError: a source or the tokenizer is missing.
-      ValueError: a source is empty or cannot be read, the tokenizer lacks a special token, has
+      UserError: a source is empty or cannot be read, the tokenizer lacks a special token, has
         more ids than `vocab_size` or is not that of a prepared source, or the cache cannot be
         written to.
     """
@@ -94,7 +96,7 @@ def prepare(config: DataConfig, vocab_size: int) -> Corpus:
         heldout = parse_sources(config.heldout_source, "config.data.heldout_source")
     tokenizer = _tokenizer(config, training, heldout, vocab_size)
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"config.model.vocab_size: {vocab_size} is less than the {tokenizer.vocab_size} ids of "
             f"the tokenizer (config.data.tokenizer {config.tokenizer!r}); use "
             f"{tokenizer.vocab_size} or more"
@@ -172,42 +174,31 @@ def read_in_memory(source: str, text_field: str, tokenizer: Tokenizer) -> Docume
     """Return all documents of a source, none held out and nothing kept on disk, for evaluation.
 
     Raises:
-      FileNotFoundError, ValueError: as `blocktx.data.sources.read_documents`.
+      FileNotFoundError, UserError: as `blocktx.data.sources.read_documents`, or the source was
+        prepared with another tokenizer.
     """
-    texts = sources.read_documents(source, text_field)
-    texts = tqdm.tqdm(texts, desc="Tokenizing", unit=" documents", disable=None)
+    if source.startswith(PREPARED):
+        folder, manifest = _open_prepared(source, tokenizer)
+        shards = ShardedTokens([(folder, manifest)])
+        offsets, _ = _read_index(shards, manifest.documents, np.arange(0))
+        tokens = np.concatenate(shards.read(itertools.pairwise(offsets.tolist())))
+        return Documents(tokens, offsets, manifest.text_bytes)
+    documents = sources.read_documents(source, text_field)
+    documents = tqdm.tqdm(documents, desc="Tokenizing", unit=" documents", disable=None)
     tokens, offsets, text_bytes = array.array("I"), [0], 0
-    for document in texts:
-        if isinstance(document, np.ndarray):
-            raise ValueError(f"config.data.source: {source!r} holds tokens, expected text")
-        for piece in pieces(document):
-            tokens.extend(tokenizer.encode(piece))
-            text_bytes += len(piece.encode())
-        tokens.append(tokenizer.end_id)
-        offsets.append(len(tokens))
+    numbered = ((i, document, source) for i, document in enumerate(documents))
+    for piece in itertools.chain.from_iterable(encoded(numbered, tokenizer)):
+        tokens.frombytes(piece.tokens.astype(np.uintc).tobytes())
+        text_bytes += piece.text_bytes
+        if piece.document_bytes is not None:
+            offsets.append(len(tokens))
     return Documents(np.frombuffer(tokens, np.uintc), np.array(offsets, np.int64), text_bytes)
 
 
 def _prepared(config: DataConfig, spec: str, tokenizer: Tokenizer) -> tuple[epath.Path, Manifest]:
     """Return the prepared folder of a source, and its manifest."""
     if spec.startswith(PREPARED):
-        folder = epath.Path(spec.removeprefix(PREPARED)).expanduser()
-        manifest = Manifest.load(folder)
-        found, wanted = manifest.tokenizer["fingerprint"], tokenizer.fingerprint
-        if found != wanted:
-            raise ValueError(
-                f"config.data.source: {spec!r} was prepared with another tokenizer (fingerprint "
-                f"{found[:12]}) than config.data.tokenizer {config.tokenizer!r} (fingerprint "
-                f"{wanted[:12]}); use --config.data.tokenizer={folder / 'tokenizer.json'}, or "
-                "prepare it again"
-            )
-        if manifest.tokenizer["end_id"] != tokenizer.end_id:
-            raise ValueError(
-                f"config.data.end_token: {spec!r} was prepared with the end token of id "
-                f"{manifest.tokenizer['end_id']}, and {config.end_token!r} has id "
-                f"{tokenizer.end_id}; use the same"
-            )
-        return folder, manifest
+        return _open_prepared(spec, tokenizer)
     key = {
         "format": _FORMAT,
         "documents": sources.fingerprint(spec),
@@ -223,6 +214,25 @@ def _prepared(config: DataConfig, spec: str, tokenizer: Tokenizer) -> tuple[epat
 
     folder = epath.Path(cached_folder(config.cache_dir, key, build))
     return folder, Manifest.load(folder)
+
+
+def _open_prepared(spec: str, tokenizer: Tokenizer) -> tuple[epath.Path, Manifest]:
+    folder = epath.Path(spec.removeprefix(PREPARED)).expanduser()
+    manifest = Manifest.load(folder)
+    found, wanted = manifest.tokenizer["fingerprint"], tokenizer.fingerprint
+    if found != wanted:
+        raise UserError(
+            f"config.data.source: {spec!r} was prepared with another tokenizer (fingerprint "
+            f"{found[:12]}, not {wanted[:12]}); use --config.data.tokenizer="
+            f"{folder / 'tokenizer.json'}, or prepare it again"
+        )
+    if manifest.tokenizer["end_id"] != tokenizer.end_id:
+        raise UserError(
+            f"config.data.end_token: {spec!r} was prepared with the end token of id "
+            f"{manifest.tokenizer['end_id']}, and {tokenizer.end_token!r} has id "
+            f"{tokenizer.end_id}; use the same"
+        )
+    return folder, manifest
 
 
 def _tokenizer(
@@ -264,7 +274,7 @@ def train_tokenizer(
     """Return a tokenizer that is trained on the training documents of sources.
 
     Raises:
-      FileNotFoundError, ValueError: as `blocktx.data.sources.read_documents`.
+      FileNotFoundError, UserError: as `blocktx.data.sources.read_documents`.
     """
 
     def texts() -> Any:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from blocktx.config import UserError
+
 _MANIFEST = "cache.json"
 _UNFINISHED = ".unfinished-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -33,10 +35,10 @@ def cached_folder(
       build: fills an empty folder with files.
 
     Raises:
-      ValueError: `cache_dir` cannot be written to.
+      UserError: `cache_dir` cannot be written to.
     """
     if "://" in cache_dir:
-        raise ValueError(
+        raise UserError(
             f"config.data.cache_dir: {cache_dir!r} is not a local folder; tokens are memory-mapped"
         )
     root = pathlib.Path(cache_dir).expanduser().absolute()
@@ -63,10 +65,10 @@ def cached_folder(
     return folder
 
 
-def _unwritable(cache_dir: str, error: OSError) -> ValueError:
+def _unwritable(cache_dir: str, error: OSError) -> UserError:
     would = "make room" if error.errno in _NO_ROOM else "use a folder that you may write to"
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return ValueError(f"config.data.cache_dir: cannot write to {cache_dir!r} ({reason}); {would}")
+    return UserError(f"config.data.cache_dir: cannot write to {cache_dir!r} ({reason}); {would}")
 
 
 def _publish(unfinished: pathlib.Path, folder: pathlib.Path, aside: pathlib.Path) -> None:
@@ -87,7 +89,7 @@ def _publish(unfinished: pathlib.Path, folder: pathlib.Path, aside: pathlib.Path
                 with contextlib.suppress(OSError):  # another one has taken its place
                     aside.rename(folder)
             shutil.rmtree(aside, ignore_errors=True)
-    raise ValueError(f"config.data.cache_dir: cannot replace the broken folder {folder}; remove it")
+    raise UserError(f"config.data.cache_dir: cannot replace the broken folder {folder}; remove it")
 
 
 def _remove_abandoned(root: pathlib.Path) -> None:

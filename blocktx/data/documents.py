@@ -90,7 +90,7 @@ class Documents:
         """Return the tokens of each range of positions, which may not span two documents.
 
         Raises:
-          FileNotFoundError, ValueError: see `ShardedTokens.read`.
+          FileNotFoundError, UserError: see `ShardedTokens.read`.
         """
         if isinstance(self.tokens, ShardedTokens):
             return self.tokens.read(ranges)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.files import bucket_filesystem, is_bucket
 
 _RENEWED_EVERY = 20  # seconds
@@ -26,7 +27,7 @@ def folder_lock(folder: epath.Path, task: tuple[int, int], field: str) -> Iterat
     object that is renewed, and counts as left behind after two minutes without that.
 
     Raises:
-      ValueError: another process holds it.
+      UserError: another process holds it.
     """
     name = f".lock-{task[0]}-of-{task[1]}"
     taken = f"{field}: {folder}: another process is preparing it (task {task[0]}/{task[1]}"
@@ -38,7 +39,7 @@ def folder_lock(folder: epath.Path, task: tuple[int, int], field: str) -> Iterat
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{taken}); wait for it, or use another folder") from None
+            raise UserError(f"{taken}); wait for it, or use another folder") from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -62,7 +63,7 @@ def _lease(path: str, taken: str) -> Iterator[None]:
         holder = json.loads(filesystem.cat_file(path))
         age = time.time() - holder["time"]
         if age < _STALE_AFTER and not _has_ended(holder):
-            raise ValueError(
+            raise UserError(
                 f"{taken}, process {holder['pid']} on {holder['host']}); wait for it, or if it was "
                 f"killed, try again in {_STALE_AFTER - age:.0f} seconds"
             ) from None

@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.files import write_atomic
 
 FORMAT = 1
@@ -103,7 +104,7 @@ class Manifest:
 
         Raises:
           FileNotFoundError: the folder is missing, or its preparation is not finished.
-          ValueError: the manifest is damaged, or of a newer format.
+          UserError: the manifest is damaged, or of a newer format.
         """
         path = epath.Path(folder) / MANIFEST
         try:
@@ -117,7 +118,7 @@ class Manifest:
         try:
             content = json.loads(data)
             if content["format"] > FORMAT:
-                raise ValueError(
+                raise UserError(
                     f"{path}: format {content['format']}, this blocktx reads {FORMAT}; update it"
                 )
             fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
@@ -128,7 +129,7 @@ class Manifest:
                 fields[name] = tuple(fields[name])
             return cls(**fields)
         except _DAMAGED as error:
-            raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+            raise UserError(f"{path}: damaged: {type(error).__name__}: {error}") from None
 
 
 _DAMAGED = (

@@ -9,7 +9,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from blocktx.config import ModelConfig, RunConfig
+from blocktx.config import ModelConfig, RunConfig, UserError
 from blocktx.data.blocks import PackedBlocks
 from blocktx.data.corpus import Mixture
 from blocktx.data.documents import Documents
@@ -162,7 +162,7 @@ def training_batches(
       rows: the rows of each batch that are read; None: all.
 
     Raises:
-      ValueError: the documents of a source do not fill one context.
+      UserError: the documents of a source do not fill one context.
     """
     size = config.training.batch_size
     rows = np.arange(size) if rows is None else np.asarray(rows)
@@ -218,12 +218,12 @@ def text_batches(
       rows: the rows of each batch that are read; None: all.
 
     Raises:
-      ValueError: the stride is not whole blocks, or leaves contexts without a block in common.
+      UserError: the stride is not whole blocks, or leaves contexts without a block in common.
     """
     block_length, blocks = model.block_length, model.blocks
     most = (blocks - 1) * block_length
     if stride is not None and not (0 < stride <= most and stride % block_length == 0):
-        raise ValueError(
+        raise UserError(
             f"stride: got {stride}, must be a multiple of block_length {block_length}, from "
             f"{block_length} to {most} (context_length {model.context_length} less a block)"
         )

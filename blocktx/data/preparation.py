@@ -4,27 +4,25 @@ The work is cut into parts by the sources alone, so the shards do not depend on 
 restart continues with what is not finished.
 """
 
-import dataclasses
 import errno
 import functools
 import hashlib
 import json
-import multiprocessing
-import os
-import queue
-import signal
-import threading
-import time
 from collections.abc import Sequence
-from typing import Any
 
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.data.folder_lock import folder_lock
 from blocktx.data.manifest import MANIFEST, PLAN, Manifest
 from blocktx.data.preparation_progress import PreparationProgress
+from blocktx.data.preparation_workers import Job, run_workers, tokenize_part_of
 from blocktx.data.sources import Part, fingerprint, list_parts
-from blocktx.data.tokenize_part import PartRecord, Progress, token_dtype, tokenize_part
+from blocktx.data.tokenize_part import (
+    PartRecord,
+    token_dtype,
+    too_many,
+)
 from blocktx.data.tokenizer import Tokenizer
 from blocktx.files import is_bucket, write_atomic
 
@@ -32,17 +30,6 @@ PART_BYTES = 256 << 20  # of input, for which there is a shard or more
 
 _FORMAT = 1
 _MAX_FILES = 10_000  # in a part
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What a process needs to know to tokenize parts."""
-
-    folder: epath.Path
-    parts: tuple[tuple[Part, ...], ...]
-    text_field: str
-    end_token: str
-    pad_token: str
 
 
 def prepare_folder(
@@ -75,7 +62,7 @@ def prepare_folder(
 
     Raises:
       FileNotFoundError: a source is missing.
-      ValueError: a source cannot be read, more than `skip_bad` documents cannot, the folder holds
+      UserError: a source cannot be read, more than `skip_bad` documents cannot, the folder holds
         another preparation, or another process is preparing it.
       OSError: the folder cannot be written to.
     """
@@ -91,8 +78,9 @@ def prepare_folder(
             if (folder / MANIFEST).exists():
                 return Manifest.load(folder)
             tokenizer.save(folder / "tokenizer.json")
-            job = _Job(folder, tuple(groups), text_field, tokenizer.end_token, tokenizer.pad_token)
-            _tokenize(job, tokenizer, workers, task, skip_bad)
+            special = (tokenizer.end_token, tokenizer.pad_token)
+            job = Job(folder, tuple(groups), text_field, *special, skip_bad)
+            _tokenize(job, tokenizer, workers, task)
             return _finish(folder, sources, tokenizer, text_field, len(groups))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -104,21 +92,25 @@ def prepare_folder(
         ) from error
 
 
-def _tokenize(
-    job: _Job, tokenizer: Tokenizer, workers: int, task: tuple[int, int], skip_bad: int
-) -> None:
+def _tokenize(job: Job, tokenizer: Tokenizer, workers: int, task: tuple[int, int]) -> None:
     sizes = {i: sum(part.size for part in parts) for i, parts in enumerate(job.parts)}
     mine = [i for i in sizes if i % task[1] == task[0]]
-    todo = [i for i in mine if not PartRecord.load(_record_path(job.folder, i)).done]
-    done = len(mine) - len(todo)
-    with PreparationProgress({i: sizes[i] for i in todo}, done, skip_bad) as progress:
+    records = {i: PartRecord.load(_record_path(job.folder, i)) for i in mine}
+    todo = [i for i in mine if not records[i].done]
+    bad = [message for record in records.values() for message in record.bad_documents]
+    bad_count = sum(record.bad_count for record in records.values())
+    if bad_count > job.skip_bad:
+        raise UserError(too_many(bad[-1], bad_count - 1))
+    todo_sizes = {i: sizes[i] for i in todo}
+    with PreparationProgress(
+        todo_sizes, len(mine) - len(todo), bad_count, job.skip_bad
+    ) as progress:
         count = min(workers, len(todo))
         if count > 1:
-            _run_workers(job, todo, count, workers, progress)
+            run_workers(job, todo, count, workers, progress)
             return
         for i in todo:
-            report = functools.partial(progress.add, i)
-            tokenize_part(job.folder, i, job.parts[i], job.text_field, tokenizer, report)
+            tokenize_part_of(job, i, tokenizer, functools.partial(progress.add, i))
             progress.finish(i)
 
 
@@ -166,11 +158,11 @@ def _check_plan(
         write_atomic(path, json.dumps(plan, indent=1) + "\n")
         return
     except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}; remove the folder") from None
+        raise UserError(f"{path}: damaged: {error}; remove the folder") from None
     changed = [name for name in plan if before.get(name) != plan[name]]
     if changed:
         listed = "; ".join(f"{n} was {before.get(n)!r}, is {plan[n]!r}" for n in changed)
-        raise ValueError(
+        raise UserError(
             f"{field}: {folder} holds another preparation: {listed}; use another folder, or "
             "remove this one"
         )
@@ -190,7 +182,7 @@ def _finish(
         return None
     shards = tuple(shard for record in records for shard in record.shards)
     if not shards:
-        raise ValueError(
+        raise UserError(
             f"config.data.source: {', '.join(sources)!r} holds nothing but blank documents"
         )
     manifest = Manifest(
@@ -209,87 +201,3 @@ def _finish(
     )
     manifest.save(folder)
     return manifest
-
-
-def _run_workers(
-    job: _Job,
-    numbers: Sequence[int],
-    count: int,
-    threads: int,
-    progress: PreparationProgress,
-) -> None:
-    """Tokenize parts on `count` processes with `threads` threads together."""
-    context = multiprocessing.get_context("spawn")  # threads of tokenizers do not survive a fork
-    tasks, results = context.Queue(), context.Queue()
-    for number in [*numbers, *[None] * count]:
-        tasks.put(number)
-    processes = [
-        context.Process(
-            target=_work, args=(job, tasks, results, os.getpid(), threads // count), daemon=True
-        )
-        for _ in range(count)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        left = len(numbers)
-        while left:
-            try:
-                number, result = results.get(timeout=1)
-            except queue.Empty:
-                dead = [p.exitcode for p in processes if p.exitcode]
-                if dead:
-                    raise RuntimeError(
-                        f"a worker ended with {dead[0]} (-9: killed, perhaps for lack of memory); "
-                        "the same command continues"
-                    ) from None
-                continue
-            if isinstance(result, BaseException):
-                raise result
-            if isinstance(result, Progress):
-                progress.add(number, result)
-            else:
-                progress.finish(number)
-                left -= 1
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-        for process in processes:
-            if process.pid is not None:
-                process.join()
-
-
-def _work(job: _Job, tasks: Any, results: Any, parent: int, threads: int) -> None:
-    """Run in a process of its own: tokenize parts until there are none."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
-    try:
-        tokenizer = Tokenizer.load(job.folder / "tokenizer.json", job.end_token, job.pad_token)
-        while (number := tasks.get()) is not None:
-            report = functools.partial(_report, results, number)
-            tokenize_part(job.folder, number, job.parts[number], job.text_field, tokenizer, report)
-            results.put((number, None))
-    except BaseException as error:
-        results.put((-1, _picklable(error)))
-
-
-def _report(results: Any, number: int, counts: Progress) -> None:
-    results.put((number, counts))
-
-
-def _picklable(error: BaseException) -> BaseException:
-    if isinstance(error, OSError) and error.errno is not None:
-        return OSError(error.errno, error.strerror, error.filename)
-    kinds = (ValueError, FileNotFoundError, PermissionError, OSError)
-    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
-    return kind(str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}")
-
-
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent, which may be killed."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)

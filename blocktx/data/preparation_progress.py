@@ -5,7 +5,8 @@ import time
 
 from tqdm import tqdm
 
-from blocktx.data.tokenize_part import Progress
+from blocktx.config import UserError
+from blocktx.data.tokenize_part import Progress, too_many
 
 _EVERY = 10  # seconds, between lines if stderr is no terminal
 
@@ -16,20 +17,22 @@ class PreparationProgress:
     A bar on a terminal, else a line every few seconds. Used in a `with` block.
     """
 
-    def __init__(self, sizes: dict[int, int], done: int, allowed: int):
+    def __init__(self, sizes: dict[int, int], done: int, bad: int, allowed: int):
         """Show nothing but what is done.
 
         Args:
           sizes: bytes of input of each part that will be worked on.
           done: the number of parts that an earlier call has finished.
-          allowed: the number of bad documents that are skipped.
+          bad: the number of bad documents that earlier calls have skipped.
+          allowed: the number of bad documents that may be skipped in all.
         """
         self._left = {i: max(1, size) for i, size in sizes.items()}
         self._allowed = allowed
         self._finished, self._total = 0, sum(self._left.values())
         self._text_bytes = dict.fromkeys(sizes, 0)
         self._inflation = 1.0  # bytes of text for a byte of input
-        self.documents = self.tokens = self.bad = 0
+        self.documents = self.tokens = 0
+        self.bad = bad
         self._bar = None
         if done and sizes:
             print(f"{done} of {done + len(sizes)} parts are done already", file=sys.stderr)
@@ -51,7 +54,7 @@ class PreparationProgress:
         """Count a batch.
 
         Raises:
-          ValueError: there are more bad documents than are allowed.
+          UserError: there are more bad documents than are allowed.
         """
         self.documents += counts.documents
         self.tokens += counts.tokens
@@ -59,11 +62,7 @@ class PreparationProgress:
         for message in counts.bad:
             self.bad += 1
             if self.bad > self._allowed:
-                skipped = f" ({self.bad - 1} were skipped before)" if self.bad > 1 else ""
-                raise ValueError(
-                    f"{message}{skipped}; correct it, or skip up to N such documents with "
-                    "--skip_bad=N"
-                )
+                raise UserError(too_many(message, self.bad - 1))
             tqdm.write(f"skipped: {message}", file=sys.stderr)
         self._show()
 

@@ -1,5 +1,9 @@
 """Shards: files of tokens, written whole and read by position.
 
+Files are read with `os.pread`: as fast as a memory map (3.6 and 4.1 us a document of 1,000 tokens;
+ArrayRecord 8.6 in batches of 80, 191 one by one; one CPU core, 2026-11-28), and a file that was
+truncated is an error instead of a crash.
+
 A shard of D documents holds their tokens one after the other, uint16 or uint32; then the number of
 tokens of each, uint32 [D]; then the bytes of the text of each, float32 [D]. All are little-endian.
 """
@@ -18,6 +22,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.data.manifest import Manifest, Shard
 from blocktx.files import bucket_filesystem, is_bucket, open_binary
 
@@ -42,10 +47,6 @@ class ShardWriter:
         self._length, self._text_bytes = 0, 0
         self.tokens = 0  # of the documents that have ended
 
-    def __len__(self) -> int:
-        """Return the number of documents that have ended."""
-        return len(self._lengths)
-
     def _write(self, data: Any) -> None:
         self._file.write(data)
         for digest in self._hashes:
@@ -58,7 +59,7 @@ class ShardWriter:
 
     def end_document(self, text_bytes: int) -> None:
         if self._length >= 1 << 32:
-            raise ValueError(
+            raise UserError(
                 f"a document of {self._length} tokens; the most is {(1 << 32) - 1}: split it"
             )
         self.tokens += self._length
@@ -84,7 +85,7 @@ class ShardWriter:
         sha, *md5 = (digest.digest() for digest in self._hashes)
         return Shard(
             name,
-            len(self),
+            len(lengths),
             self.tokens,
             self._text_bytes,
             sha.hex(),
@@ -120,6 +121,7 @@ class ShardedTokens:
         self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
         self._unchecked = {i: threading.Lock() for i in range(len(self._shards))} if verify else {}
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(_File)
+        self._objects = functools.cache(_list_objects)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -131,7 +133,7 @@ class ShardedTokens:
 
         Raises:
           FileNotFoundError: a shard is missing.
-          ValueError: a shard is not what the manifest says.
+          UserError: a shard is not what the manifest says.
         """
         begins, ends = np.array(list(ranges), np.int64).reshape(-1, 2).T
         shards = np.searchsorted(self._starts, begins, side="right") - 1
@@ -150,7 +152,7 @@ class ShardedTokens:
         """Yield tokens and bytes of text of each document, uint32 and float32 [D], by shard.
 
         Raises:
-          FileNotFoundError, ValueError: see `read`.
+          FileNotFoundError, UserError: see `read`.
         """
         for start in range(0, len(self._shards), _INDICES_AT_ONCE):
             group = range(len(self._shards))[start : start + _INDICES_AT_ONCE]
@@ -169,8 +171,8 @@ class ShardedTokens:
     def _tokens_bytes(self, shard: int) -> int:
         return self._shards[shard].tokens * self._dtypes[shard].itemsize
 
-    def _damaged(self, shard: int, problem: str) -> ValueError:
-        return ValueError(
+    def _damaged(self, shard: int, problem: str) -> UserError:
+        return UserError(
             f"{self._paths[shard]}: damaged: {problem}; prepare it again, or restore the file"
         )
 
@@ -179,11 +181,11 @@ class ShardedTokens:
         path, info = self._paths[shard], {}
         try:
             if is_bucket(path):
-                info = bucket_filesystem("config.data.source", path).info(path)
+                info = self._objects(path.rpartition("/")[0])[path]
                 size = info["size"]
             else:
                 size = os.stat(path).st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, KeyError):
             raise FileNotFoundError(
                 f"{path}: missing, although the manifest of the prepared folder names it"
             ) from None
@@ -228,6 +230,13 @@ class ShardedTokens:
             if len(found[i]) != end - begin:
                 raise self._damaged(shard, f"it ends before byte {end}")
         return found
+
+
+def _list_objects(folder: str) -> dict[str, dict[str, Any]]:
+    """Return what is known of the objects in a folder of a bucket, with few requests."""
+    filesystem = bucket_filesystem("config.data.source", folder)
+    filesystem.invalidate_cache()
+    return {f"gs://{info['name']}": info for info in filesystem.ls(folder, detail=True)}
 
 
 class _File:

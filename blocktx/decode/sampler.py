@@ -19,8 +19,8 @@ def sample(
     A draw is keyed by the row's seed and `position_B`, the number of tokens that the row has drawn.
     It does not depend on the row's index or on other rows.
 
-    `formulation` is that of `Formulations.sampler`. On a CPU, JAX's argmax and categorical each take longer than the classifier, so other
-    formulations of the same choice are used there.
+    `formulation` is that of `Formulations.sampler`. On a CPU, JAX's argmax and categorical each
+    take longer than the classifier, so other formulations of the same choice are used there.
     """
     chunked = formulation == "chunked"
     argmax, categorical = (

@@ -1,35 +1,28 @@
-"""Needle in a haystack: does a model find a number again that stands somewhere in a long text?
+"""Needle in a haystack: find a number that was said somewhere in a long text.
 
-As the paper has it (its authors' `needle.py`): a 7-digit number, said to be the magic number of a
-city, at 11 depths of a text that fills the context; 20 tokens are generated greedily. There are two
-prompts: `gemini` asks for the number, `verbatim` repeats the words that the number stood behind.
+As in the paper (its authors' `needle.py`): a 7-digit number, called the magic number of a city, is
+put at one of 11 depths of a text that fills the context, and 20 tokens are generated greedily. The
+prompt `gemini` asks for the number; `verbatim` repeats the words that preceded the number.
 """
 
 import os
-import pathlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from matplotlib.figure import Figure
+from etils import epath
 
+from blocktx import plotting
 from blocktx.decode import Engine
-from blocktx.files import write_png
 
 Prompt = Literal["gemini", "verbatim"]
-
-
 PROMPTS: tuple[Prompt, ...] = get_args(Prompt)
-
-
 DEPTHS = tuple(range(0, 101, 10))  # percent
-
-
 NEW_TOKENS = 20
 
-
+_SHOWN_AS = {"gemini": "gemini\n(a question)", "verbatim": "verbatim\n(its words again)"}
 _CITIES = (
     *("Amsterdam", "Athens", "Bangkok", "Barcelona", "Berlin", "Buenos Aires", "Cairo", "Chicago"),
     *("Copenhagen", "Dakar", "Delhi", "Dublin", "Helsinki", "Istanbul", "Jakarta", "Kigali"),
@@ -37,17 +30,9 @@ _CITIES = (
     *("Nairobi", "Oslo", "Paris", "Rabat", "San Francisco", "Santiago", "Seattle", "Seoul"),
     *("Shanghai", "Sofia", "Sydney", "Tokyo", "Toronto", "Vancouver", "Vienna", "Yerevan"),
 )
-
-
 _NEEDLE = " The special magic {city} number is: {number}."
-
-
 _BEFORE = "<context>\n"
-
-
 _AFTER = "\n</context>\n\nWhat is the special magic {city} number?\n\n"
-
-
 _ENDS = {
     "gemini": "Here is the magic number from the context:",
     "verbatim": "The special magic {city} number is:",
@@ -56,27 +41,27 @@ _ENDS = {
 
 class Sample(NamedTuple):
     tokens: list[int]  # of the prompt
-    number: str  # that is to follow
+    number: str  # the answer
 
 
 def needle_samples(
     engine: Engine, haystack: Sequence[int], *, prompt: Prompt, depth: int, count: int, seed: int
 ) -> list[Sample]:
-    """Prompts that fill the context, each of another part of the haystack, number and city.
+    """Return prompts that fill the context, each with a random part of the haystack.
 
-    The same seed gives the same numbers and cities, and at each depth the same parts.
+    Numbers, cities and parts depend on the seed and not on the depth.
 
     Args:
-      engine: whose context and tokenizer.
+      engine: its context length and tokenizer are used.
       haystack: token ids of a text.
-      prompt: how the number is asked for.
-      depth: what stands before the needle, in percent of the haystack.
-      count: of samples.
-      seed: of what is random.
+      prompt: how to ask for the number.
+      depth: percent of the haystack before the needle.
+      count: number of samples.
+      seed: random seed.
 
     Raises:
-      ValueError: the prompt or the depth is not known, the context is too short for the question,
-        or the haystack for the context.
+      ValueError: the prompt or the depth is invalid, the context is too short for the question, or
+        the haystack is too short for the context.
     """
     if prompt not in PROMPTS:
         raise ValueError(f"prompt: got {prompt!r}, use one of {', '.join(PROMPTS)}")
@@ -119,37 +104,56 @@ def needle_accuracy(
     batch_size: int = 8,
     seed: int = 0,
 ) -> np.ndarray:
-    """The share of numbers that are found, float64 `[prompts, depths]`.
+    """Return the fraction of numbers that are found, float64 `[prompts, depths]`.
 
-    Found is a number if it is the first that the model writes in `NEW_TOKENS` tokens.
+    A number is found if it is the first number in `NEW_TOKENS` generated tokens.
 
     Raises:
-      ValueError: as `needle_samples`, or `count` or `batch_size` is not 1 or greater.
+      ValueError: see `needle_samples`; or `count` or `batch_size` is less than 1.
+    """
+    options = dict(prompts=prompts, depths=depths, count=count, batch_size=batch_size, seed=seed)
+    *_, (found, tried) = running_needle(engine, haystack, **options)
+    return found / tried
+
+
+def running_needle(
+    engine: Engine,
+    haystack: Sequence[int],
+    *,
+    prompts: Sequence[Prompt] = PROMPTS,
+    depths: Sequence[int] = DEPTHS,
+    count: int = 20,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the numbers found and tried so far, int `[prompts, depths]`, after each batch.
+
+    Raises:
+      ValueError: see `needle_accuracy`.
     """
     for name, value in (("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, must be 1 or greater")
-    accuracy = np.zeros((len(prompts), len(depths)))
+    found, tried = np.zeros((2, len(prompts), len(depths)), int)
     for i, prompt in enumerate(prompts):
         for j, depth in enumerate(depths):
             samples = needle_samples(
                 engine, haystack, prompt=prompt, depth=depth, count=count, seed=seed
             )
-            found = 0
             for start in range(0, count, batch_size):
                 batch = samples[start : start + batch_size]
-                written = engine.generate(
+                texts = engine.generate(
                     [sample.tokens for sample in batch],
                     max_new_tokens=NEW_TOKENS,
                     temperature=0.0,
                 )
-                found += sum(map(answers, written, (sample.number for sample in batch)))
-            accuracy[i, j] = found / count
-    return accuracy
+                found[i, j] += sum(map(answers, texts, (sample.number for sample in batch)))
+                tried[i, j] += len(batch)
+                yield found.copy(), tried.copy()
 
 
 def answers(text: str, number: str) -> bool:
-    """Whether the first number in a text is this one."""
+    """Return whether the first number in a text is this one."""
     first = re.search(r"\d+", text)
     return first is not None and first[0] == number
 
@@ -160,15 +164,18 @@ def plot_accuracy(
     depths: Sequence[int],
     path: str | os.PathLike[str],
     title: str = "",
-) -> pathlib.Path:
-    """Draws `needle_accuracy` as a heat map into a PNG at `path`, and returns `path`."""
-    figure = Figure(figsize=(9, 1.6 + 0.7 * len(prompts)), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(accuracy, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+) -> epath.Path:
+    """Draw `needle_accuracy` as a heat map, and return `path`; nan cells are left empty."""
+    figure, axes = plotting.new_figure(title, height=1.4 + 0.55 * len(prompts))
+    axes.imshow(100 * accuracy, vmin=0, vmax=100, cmap=plotting.HEAT, aspect="auto")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
     axes.set_xticks(range(len(depths)), [f"{depth}%" for depth in depths])
-    axes.set_yticks(range(len(prompts)), prompts)
-    axes.set(xlabel="depth of the needle", title=title)
+    axes.set_yticks(range(len(prompts)), [_SHOWN_AS.get(prompt, prompt) for prompt in prompts])
+    axes.set(xlabel="depth of the needle in the context")
     for (i, j), share in np.ndenumerate(accuracy):
-        axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8)
-    figure.colorbar(image, ax=axes, label="found")
-    return pathlib.Path(write_png(path, figure))
+        color = "black" if share > 0.6 else "white"  # on the light and the dark end of the map
+        text = "" if np.isnan(share) else f"{share:.0%}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=9, color=color)
+    return plotting.save(figure, path)

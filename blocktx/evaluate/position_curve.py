@@ -1,13 +1,24 @@
-"""Loss by place in a long context: does it fall to the end (the paper shows PG19)?"""
+"""Loss by place in a long context (the paper shows PG19)."""
 
+from __future__ import annotations
+
+import math
 import os
-import pathlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+from etils import epath
 
-from blocktx.files import write_png
+from blocktx import plotting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LEAST_SPAN = 0.1  # of the loss: a smaller difference does not fill the plot
+_INTERVAL = 1.96  # standard errors, for 95%
+
+Runs = Sequence[tuple[str, np.ndarray]]  # names, and sums of `heldout.running_sums`
 
 
 class Bin(NamedTuple):
@@ -15,47 +26,112 @@ class Bin(NamedTuple):
 
     begin: int
     end: int
-    loss: float  # nats a token; nan where `tokens` is 0
-    tokens: int  # that were scored
+    loss: float  # nats per token; nan if `tokens` is 0
+    tokens: int  # scored ones
+    error: float  # standard error of the mean, tokens taken as independent; nan below 2 tokens
 
 
-def position_curve(sums_2xMxK: np.ndarray, bin_tokens: int) -> list[Bin]:
-    """The loss in bins of `bin_tokens` places, from `blocktx.evaluate.heldout.sums_by_place`.
+def default_bin(context_length: int, block_length: int) -> int:
+    """Return the tokens of a bin that divides a context into 16, in whole blocks."""
+    return max(1, context_length // 16 // block_length) * block_length
 
-    Places are counted from the first block, which is never predicted, and with padding.
+
+def position_curve(sums_3xMxK: np.ndarray, bin_tokens: int) -> list[Bin]:
+    """Return the loss in bins of `bin_tokens` places, from sums of `heldout.running_sums`.
+
+    Places are counted from the first block, which is never predicted, and include padding.
 
     Raises:
       ValueError: a bin is smaller than a token.
     """
     if bin_tokens < 1:
         raise ValueError(f"bin: got {bin_tokens} tokens, must be 1 or greater")
-    _, predicted, block_length = sums_2xMxK.shape
+    _, predicted, block_length = sums_3xMxK.shape
     end = (predicted + 1) * block_length
     bin_T = np.arange(block_length, end) // bin_tokens
-    nats, count = (np.bincount(bin_T, sums.ravel()) for sums in sums_2xMxK)
-    with np.errstate(invalid="ignore"):
-        loss = nats / count
+    binned = [np.bincount(bin_T, sums.ravel()) for sums in sums_3xMxK]
     return [
-        Bin(i * bin_tokens, min((i + 1) * bin_tokens, end), float(loss[i]), int(count[i]))
-        for i in range(len(count))
+        Bin(i * bin_tokens, min((i + 1) * bin_tokens, end), *mean_and_error(*sums))
+        for i, sums in enumerate(zip(*binned, strict=True))
     ]
 
 
-def plot_curve(bins: list[Bin], path: str | os.PathLike[str], title: str = "") -> pathlib.Path:
-    """Draws a curve into a PNG at `path`, and returns `path`.
+def mean_and_error(nats: float, tokens: float, squares: float) -> tuple[float, int, float]:
+    """Return the mean loss, the number of tokens, and the standard error of the mean."""
+    if not tokens:
+        return math.nan, 0, math.nan
+    mean = nats / tokens
+    variance = max(squares / tokens - mean**2, 0)
+    error = math.sqrt(variance / (tokens - 1)) if tokens > 1 else math.nan
+    return float(mean), int(tokens), error
+
+
+def plot_losses(
+    runs: Runs, bin_tokens: int, path: str | os.PathLike[str], title: str = ""
+) -> epath.Path:
+    """Draw the loss by position in the block and by place in the context, and return `path`.
+
+    Args:
+      runs: names of models, and their sums of `heldout.running_sums`.
+      bin_tokens: places in a bin of the context.
+      path: the PNG file to write.
+      title: of the figure.
 
     Raises:
-      ValueError: no bin holds a token.
+      ValueError: no token was scored.
     """
-    seen = [bin_ for bin_ in bins if bin_.tokens]
-    if not seen:
+    if not all(sums[1].sum() for _, sums in runs):
         raise ValueError("there is no curve to plot: no token was scored")
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    places = [(bin_.begin + bin_.end) / 2 for bin_ in seen]
-    axes.plot(places, [bin_.loss for bin_ in seen], color="#4c78a8", marker="o", markersize=4)
-    axes.set(xlabel="place in the context (tokens)", ylabel="loss (nats per token)", title=title)
-    axes.set_xlim(0, bins[-1].end)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return pathlib.Path(write_png(path, figure))
+    figure, ((by_position, by_place),) = plotting.new_grid(
+        1, 2, width=9, height=3.8, width_ratios=(1, 1.8)
+    )
+    draw_by_position(by_position, runs)
+    draw_by_place(by_place, runs, bin_tokens)
+    plotting.legend(by_place)
+    figure.suptitle(plotting.plain(f"{title} (bars: 95% confidence)".lstrip()), fontsize=11)
+    return plotting.save(figure, path)
+
+
+def draw_by_position(axes: Axes, runs: Runs) -> None:
+    """Draw the mean loss for each position in a block."""
+    for (name, sums_3xMxK), color in zip(runs, plotting.PALETTE, strict=False):
+        means = [mean_and_error(*sums) for sums in sums_3xMxK.sum(1).T]
+        plotting.draw_line(
+            axes,
+            range(1, len(means) + 1),
+            [loss for loss, *_ in means],
+            error=[_INTERVAL * error for *_, error in means],
+            color=color,
+            label=name,
+        )
+    length = max(sums.shape[2] for _, sums in runs)
+    axes.set(xlabel="position in the block", ylabel="loss (nats per token)")
+    axes.set_xticks(range(1, length + 1))
+    axes.set_xlim(0.5, length + 0.5)
+    _widen(axes)
+
+
+def draw_by_place(axes: Axes, runs: Runs, bin_tokens: int) -> None:
+    """Draw the mean loss in bins of places in the context."""
+    for (name, sums_3xMxK), color in zip(runs, plotting.PALETTE, strict=False):
+        bins = [bin_ for bin_ in position_curve(sums_3xMxK, bin_tokens) if bin_.tokens]
+        plotting.draw_line(
+            axes,
+            [(bin_.begin + bin_.end) / 2 for bin_ in bins],
+            [bin_.loss for bin_ in bins],
+            error=[_INTERVAL * bin_.error for bin_ in bins],
+            color=color,
+            label=name,
+        )
+    end = max((sums.shape[1] + 1) * sums.shape[2] for _, sums in runs)
+    axes.set(xlabel=f"place in the context (bins of {bin_tokens} tokens)", xlim=(0, end))
+    axes.set(ylabel="loss (nats per token)")
+    _widen(axes)
+
+
+def _widen(axes: Axes) -> None:
+    """Let a small difference look small."""
+    low, high = axes.get_ylim()
+    missing = _LEAST_SPAN * (low + high) / 2 - (high - low)
+    if missing > 0:
+        axes.set_ylim(low - missing / 2, high + missing / 2)

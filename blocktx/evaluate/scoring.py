@@ -1,41 +1,40 @@
-"""Log-probabilities of continuations: many pairs of context and continuation, in few shapes.
+"""Log-probabilities of continuations of many contexts, in few shapes of batches.
 
-The first block of a row is never predicted, so a continuation has to begin behind it. Padding in
-front of the context sees to that:
+The first block of a row is never predicted, so a continuation must begin after it. Two placements:
 
-    pad    block_length - 1 tokens of it, as in [P P P a] (the paper's way, appendix H, for models
-           that were trained with random padding): all but the first token are predicted
-    force  none, but what a context shorter than a block lacks (for models trained without it, to
-           which padding is strange: give them a context of a block or more where it matters)
+    pad    block_length - 1 padding tokens before the context, as in [P P P a] (paper, appendix H;
+           for models trained with random padding). All tokens but the first are predicted.
+    force  no padding, except to fill up a context shorter than a block (for models trained without
+           random padding; give them contexts of a block or more).
 
-A vanilla model needs none: its first block is the first token.
+A vanilla model needs no padding: its first block is the first token.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from blocktx.config import ModelConfig
 from blocktx.decode import Placement, bucket
-from blocktx.model import Model, next_logits
+from blocktx.evaluate.next_logits import cross_entropy, map_logits
+from blocktx.model import Model
+from blocktx.progress_bar import ProgressBar
 
 
 class Score(NamedTuple):
-    """What a model makes of a continuation of J tokens."""
+    """The score of a continuation of J tokens."""
 
     logprobs_J: np.ndarray  # float32: natural logarithm of each token's probability
-    likeliest_J: np.ndarray  # bool: whether it is the token that the model would have chosen
+    likeliest_J: np.ndarray  # bool: True for tokens that greedy decoding would choose
 
 
 def longest_row(config: ModelConfig, placement: Placement) -> int:
-    """The tokens of context and continuation, together, that a model can look at.
+    """Return the largest number of tokens of a context and its continuation together.
 
-    A vanilla model that has read a whole context still predicts the token behind it.
+    A vanilla model that has read a whole context still predicts the token after it.
     """
     if config.kind == "vanilla":
         return config.context_length + 1
@@ -51,23 +50,40 @@ def score(
     pad_id: int,
     batch_size: int,
 ) -> list[Score]:
-    """The score of each continuation after its context.
+    """Return the score of each continuation, in the order of `pairs`; see `iterate_scores`."""
+    options = dict(placement=placement, pad_id=pad_id, batch_size=batch_size)
+    scores: list[Score | None] = [None] * len(pairs)
+    for index, found in iterate_scores(model, params, pairs, **options):
+        scores[index] = found
+    return scores
 
-    Of what is longer than `longest_row` the beginning is left out. Rows are sorted by length and
-    rounded up to powers of two: there are as many programs as those, whatever the pairs are. The
-    result does not depend on the batch size, nor on the other pairs.
+
+def iterate_scores(
+    model: Model,
+    params: dict[str, Any],
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    placement: Placement,
+    pad_id: int,
+    batch_size: int,
+) -> Iterator[tuple[int, Score]]:
+    """Yield the index and the score of each pair as soon as it is known, longest rows first.
+
+    If a pair is longer than `longest_row`, the beginning of its context is dropped. Rows are sorted
+    by length and rounded up to powers of two, so the number of compiled programs does not depend on
+    the pairs. A score depends neither on the batch size nor on other pairs.
 
     Args:
-      model: any model.
+      model: a block or vanilla model.
       params: its parameters.
-      pairs: token ids of contexts and of their continuations, each of one or more.
-      placement: what stands before a context, see above.
+      pairs: token ids of contexts and of their continuations, one or more each.
+      placement: padding before the context, see above.
       pad_id: the padding token.
-      batch_size: rows of each batch.
+      batch_size: rows in a batch.
 
     Raises:
-      ValueError: before anything is traced, if a context or a continuation is empty, or there is
-        no room for the continuation.
+      ValueError: before anything is traced, if a context or a continuation is empty, or the
+        continuation does not fit.
     """
     if placement not in ("pad", "force"):
         raise ValueError(f"placement: got {placement!r}, must be 'pad' or 'force'")
@@ -78,41 +94,49 @@ def score(
         _Row.placed(i, context, continuation, config, placement)
         for i, (context, continuation) in enumerate(pairs)
     ]
+    return _scores_by_bucket(model, params, rows, pad_id, batch_size)
+
+
+def _scores_by_bucket(
+    model: Model, params: dict[str, Any], rows: "list[_Row]", pad_id: int, batch_size: int
+) -> Iterator[tuple[int, Score]]:
+    length = model.config.block_length
     by_blocks: dict[int, list[_Row]] = {}
     for row in sorted(rows, key=lambda row: -row.end):
-        by_blocks.setdefault(row.bucket(config), []).append(row)
-    scores: list[Score | None] = [None] * len(rows)
-    pending: tuple[list[_Row], Any] = ([], None)  # read a batch late, while the next is computed
+        by_blocks.setdefault(row.bucket(model.config), []).append(row)
+    batches = [
+        (blocks, members[start : start + batch_size])
+        for blocks, members in by_blocks.items()
+        for start in range(0, len(members), batch_size)
+    ]
 
-    def read() -> None:
-        batch, found = pending
-        if batch:
-            logprobs_BxT, likeliest_BxT = (np.asarray(x).reshape(batch_size, -1) for x in found)
+    def read(batch: list[_Row], found: Any) -> Iterator[tuple[int, Score]]:
+        logprobs_BxT, likeliest_BxT = (np.asarray(x).reshape(batch_size, -1) for x in found)
         for b, row in enumerate(batch):
-            # Place 0 of what is found is the first of the second block.
-            place = slice(row.begin - config.block_length, row.end - config.block_length)
-            scores[row.index] = Score(logprobs_BxT[b, place], likeliest_BxT[b, place])
+            place = slice(row.begin - length, row.end - length)  # 0 is the start of block 1
+            yield row.index, Score(logprobs_BxT[b, place], likeliest_BxT[b, place])
 
-    with tqdm.tqdm(total=len(rows), desc="Scoring", disable=None) as bar:
-        for blocks, members in by_blocks.items():
-            for start in range(0, len(members), batch_size):
-                batch = members[start : start + batch_size]
-                shape = (batch_size, blocks, config.block_length)
-                tokens_BxT = np.full((batch_size, blocks * config.block_length), pad_id, np.int32)
-                mask_BxT = np.zeros(tokens_BxT.shape, bool)
-                for b, row in enumerate(batch):
-                    tokens_BxT[b, row.padding : row.end] = row.tokens
-                    mask_BxT[b, row.padding : row.end] = True
-                found = _scores(model, params, tokens_BxT.reshape(shape), mask_BxT.reshape(shape))
-                read()
-                pending = (batch, found)
-                bar.update(len(batch))
-        read()
-    return scores
+    pending: tuple[list[_Row], Any] | None = None
+    with ProgressBar(total=len(rows), desc="scoring", unit=" rows") as bar:
+        for blocks, batch in batches:
+            tokens_BxT = np.full((batch_size, blocks * length), pad_id, np.int32)
+            mask_BxT = np.zeros(tokens_BxT.shape, bool)
+            for b, row in enumerate(batch):
+                tokens_BxT[b, row.padding : row.end] = row.tokens
+                mask_BxT[b, row.padding : row.end] = True
+            shape = (batch_size, blocks, length)
+            found = _scores(model, params, tokens_BxT.reshape(shape), mask_BxT.reshape(shape))
+            if pending is not None:  # read one batch late: the device computes the next meanwhile
+                yield from read(*pending)
+                bar.update(len(pending[0]))
+            pending = (batch, found)
+        if pending is not None:
+            yield from read(*pending)
+            bar.update(len(pending[0]))
 
 
 class _Row(NamedTuple):
-    """A pair in its place; places are counted from the first block, padding included."""
+    """A pair as one row. Places are counted from the start of the row, padding included."""
 
     index: int  # in the pairs
     tokens: list[int]
@@ -133,7 +157,7 @@ class _Row(NamedTuple):
             if not len(part):
                 raise ValueError(f"pair {index}: the {name} has no token")
         block, most = config.block_length, longest_row(config, placement)
-        first = 1 if placement == "pad" else block  # tokens before what can be predicted
+        first = 1 if placement == "pad" else block  # tokens that are never predicted
         if len(continuation) > most - first:
             raise ValueError(
                 f"pair {index}: the continuation of {len(continuation)} tokens does not fit the "
@@ -145,7 +169,7 @@ class _Row(NamedTuple):
         return cls(index, tokens, padding, padding + known, padding + len(tokens))
 
     def bucket(self, config: ModelConfig) -> int:
-        """Blocks of the batch that it is in."""
+        """Return the number of blocks of the batches for rows of this length."""
         blocks = -(-self.end // config.block_length)
         return bucket(blocks, config.block_length, max(blocks, config.blocks))
 
@@ -154,9 +178,10 @@ class _Row(NamedTuple):
 def _scores(
     model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and whether they are the greatest, `[B, N-1, K]`."""
-    logits_BxMxKxV = next_logits(model, params, tokens_BxNxK, mask_BxNxK)
-    token_BxMxK = tokens_BxNxK[:, 1:]
-    chosen_BxMxK = jnp.take_along_axis(logits_BxMxKxV, token_BxMxK[..., None], axis=-1)[..., 0]
-    logprob_BxMxK = chosen_BxMxK - jax.nn.logsumexp(logits_BxMxKxV, axis=-1)
-    return logprob_BxMxK, logits_BxMxKxV.argmax(-1) == token_BxMxK
+    """Return log-probabilities of the tokens and whether they are the likeliest, `[B, N-1, K]`."""
+
+    def of_chunk(logits_BxCxKxV: jax.Array, tokens_BxCxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logprobs_BxCxK = -cross_entropy(logits_BxCxKxV, tokens_BxCxK)
+        return logprobs_BxCxK, logits_BxCxKxV.argmax(-1) == tokens_BxCxK
+
+    return map_logits(model, params, tokens_BxNxK, mask_BxNxK.astype(bool), of_chunk)

@@ -1,12 +1,14 @@
 """How do devices and processes share the work?
 
+backend.py      the backend of the scripts
 sharding.py     the device mesh and the logical-axis rules
 distributed.py  multi-process initialization and exit
 google_vm.py    queries to the Google Cloud VM metadata server
 host_rows.py    the rows of a batch that a process reads
 """
 
-from blocktx.parallel.distributed import HEARTBEAT_TIMEOUT, MODES, end_with, initialize
+from blocktx.parallel.backend import choose_backend
+from blocktx.parallel.distributed import HEARTBEAT_TIMEOUT, MODES, exit_process, initialize
 from blocktx.parallel.google_vm import is_google_vm, metadata
 from blocktx.parallel.host_rows import HostRows
 from blocktx.parallel.sharding import (
@@ -32,9 +34,10 @@ __all__ = [
     "batch_parts",
     "batch_sharding",
     "check_model_fits",
+    "choose_backend",
     "constrain",
     "create_mesh",
-    "end_with",
+    "exit_process",
     "initialize",
     "is_google_vm",
     "metadata",

@@ -1,8 +1,10 @@
-"""Several processes, one run: when to connect them, and what to say when they do not all come."""
+"""Multi-process initialization, and the error when processes are missing."""
 
 import contextlib
+import ipaddress
 import os
 import pathlib
+import socket
 import sys
 import threading
 import time
@@ -10,6 +12,7 @@ from typing import NoReturn
 
 import jax
 
+from blocktx.config import UserError
 from blocktx.parallel.google_vm import is_google_vm, metadata
 
 MODES = ("auto", "on", "off")
@@ -18,7 +21,7 @@ MODES = ("auto", "on", "off")
 HEARTBEAT_TIMEOUT = 60  # seconds
 
 
-_END_TOGETHER = 5  # seconds; shorter than all timeouts of `jax.distributed`
+_EXIT_TOGETHER = 5  # seconds; shorter than all timeouts of `jax.distributed`
 
 
 def initialize(
@@ -30,29 +33,29 @@ def initialize(
     initialization_timeout: int = 300,
     heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> bool:
-    """Connects this process to the others of its run, if there are others.
+    """Connect this process to the other processes of its run, if there are any.
 
-    To be called before anything touches a device. The processes of a run are then one: each sees
-    all devices, and when one dies, the others end within `heartbeat_timeout` seconds (and a few),
-    by SIGABRT, instead of waiting for it forever.
+    Call it before JAX uses a device. Every process then sees all devices. If a process dies, the
+    others abort (SIGABRT) a few seconds after `heartbeat_timeout`.
 
     Args:
-      mode: "auto" connects where several processes are meant to be one run: on Cloud TPU pod
-        slices and multislices, also in GKE; in SLURM steps and Open MPI jobs of several tasks.
-        "on" connects wherever `jax.distributed` finds out with whom, "off" does not.
-      coordinator_address: `host:port` on which process 0 waits for the others; with
-        `num_processes` and `process_id`, where the environment does not say it.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-      initialization_timeout: seconds to wait for all to come; then the program ends with code 1
-        and a message that says how many came.
-      heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+      mode: "auto" connects where several processes form one run: on Cloud TPU pod slices and
+        multislices, also in GKE; in SLURM steps and Open MPI jobs with several tasks. "on" connects
+        wherever `jax.distributed` can detect the other processes. "off" does not connect.
+      coordinator_address: `host:port` of process 0. Required with `num_processes` and `process_id`
+        if the environment does not give them. Process 0 listens on this address only, if it is an
+        address of this machine.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
+      initialization_timeout: seconds to wait for all processes. The program then exits with code 1
+        and a message with the number of processes that connected.
+      heartbeat_timeout: seconds without a heartbeat after which a process is considered dead.
 
     Returns:
-      Whether it did connect.
+      Whether it connected.
 
     Raises:
-      ValueError: if an argument cannot be, or "on" cannot find out with whom to connect.
+      UserError: an argument is invalid, or "on" cannot detect the other processes.
     """
     explicit = _check(mode, coordinator_address, num_processes, process_id)
     for name, value in [
@@ -60,7 +63,7 @@ def initialize(
         ("heartbeat_timeout", heartbeat_timeout),
     ]:
         if value < 1:
-            raise ValueError(f"{name}: got {value}, expected a number of seconds from 1")
+            raise UserError(f"{name}: got {value}, expected a number of seconds from 1")
     if mode == "off" or not (explicit or mode == "on" or environment_has_others()):
         return False
     connected = threading.Event()
@@ -77,10 +80,11 @@ def initialize(
             initialization_timeout=initialization_timeout + 60,
             heartbeat_timeout_seconds=heartbeat_timeout,
             shutdown_timeout_seconds=heartbeat_timeout,
+            coordinator_bind_address=_bind_address(coordinator_address) if explicit else None,
         )
-    except ValueError as error:  # found nobody
-        raise ValueError(
-            f"distributed: {error} This is no environment that jax knows; pass "
+    except ValueError as error:
+        raise UserError(
+            f"distributed: {error} The environment names no other processes; pass "
             "coordinator_address, num_processes and process_id"
         ) from error
     finally:
@@ -88,17 +92,16 @@ def initialize(
     return True
 
 
-def end_with(code: int) -> NoReturn:
-    """Ends this process with `code` although the others of its run may go on.
+def exit_process(code: int) -> NoReturn:
+    """Exit this process with `code`, even if other processes of the run continue.
 
-    Processes leave a run together. They would wait for one that stays longer than anyone wants to,
-    and then crash, whatever had gone wrong. So this waits for a moment only, in which those that
-    met the same error come to the same end.
+    `jax.distributed.shutdown` blocks until every process calls it, and aborts on a timeout. So wait
+    5 seconds for processes that met the same error, then exit.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        leave = threading.Timer(_END_TOGETHER, os._exit, [code])
+        leave = threading.Timer(_EXIT_TOGETHER, os._exit, [code])
         leave.daemon = True
         leave.start()
         jax.distributed.shutdown()
@@ -106,42 +109,63 @@ def end_with(code: int) -> NoReturn:
 
 
 def _check(mode: str, address: str | None, count: int | None, index: int | None) -> bool:
-    """Whether the last three are given; raises a ValueError if they cannot be."""
+    """Return whether the last three are given. Raise a UserError if they are invalid."""
     if mode not in MODES:
-        raise ValueError(f"distributed: got {mode!r}, expected {', '.join(MODES)}")
+        raise UserError(f"distributed: got {mode!r}, expected {', '.join(MODES)}")
     values = {"coordinator_address": address, "num_processes": count, "process_id": index}
     missing = [name for name, value in values.items() if value is None]
     if len(missing) == len(values):
         return False
     if mode == "off":
         given = ", ".join(name for name in values if name not in missing)
-        raise ValueError(f"{given}: makes no sense with distributed=off; leave out one of them")
+        raise UserError(f"{given}: makes no sense with distributed=off; leave out one of them")
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(missing)}: missing; {', '.join(values)} are given together, or all left "
             "to the environment"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(
+        raise UserError(
             f"coordinator_address: got {address!r}, expected host:port, as in 10.0.0.2:8476"
         )
     if count < 1:
-        raise ValueError(f"num_processes: got {count}, expected at least 1")
+        raise UserError(f"num_processes: got {count}, expected at least 1")
     if not 0 <= index < count:
-        raise ValueError(
+        raise UserError(
             f"process_id: got {index}, expected 0 to {count - 1} (num_processes is {count})"
         )
     return True
 
 
-def environment_has_others() -> bool:
-    """Whether the environment says that this is one of several processes of a run.
+def _bind_address(address: str) -> str | None:
+    """Return the address that process 0 should listen on, or None for all interfaces.
 
-    Stricter than `jax.distributed`, which connects single processes with themselves as well.
+    It is the given one if this machine has it. It may not: behind a NAT the address belongs to a
+    router, and a host name can resolve to 127.0.1.1 on its own host alone.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind((where[0], 0))
+    except OSError:
+        return None
+    ip = ipaddress.ip_address(where[0].partition("%")[0])
+    if ip.is_loopback and host not in ("localhost", where[0]):
+        return None
+    return f"[{where[0]}]:{port}" if ip.version == 6 else f"{where[0]}:{port}"
+
+
+def environment_has_others() -> bool:
+    """Return whether the environment names several processes of one run.
+
+    `jax.distributed` also connects single processes with themselves; this does not.
     """
     count = _environment_integer
-    if "SLURM_STEP_NODELIST" in os.environ and "SLURM_PROCID" in os.environ:  # below srun
+    if "SLURM_STEP_NODELIST" in os.environ and "SLURM_PROCID" in os.environ:  # inside srun
         return count("SLURM_NTASKS") > 1
     if "OMPI_MCA_orte_hnp_uri" in os.environ:
         return count("OMPI_COMM_WORLD_SIZE") > 1
@@ -153,7 +177,7 @@ def environment_has_others() -> bool:
     if "TPU_SKIP_MDS_QUERY" in os.environ or not is_google_vm():
         return False
     try:
-        # One TPU VM: there is one worker, and the environment of slices has no other slice.
+        # A single TPU VM has one worker and one slice.
         workers, _ = metadata("attributes/worker-network-endpoints")
         tpu_env, _ = metadata("attributes/tpu-env")
     except OSError:  # a VM without TPU
@@ -168,15 +192,19 @@ def _environment_integer(name: str) -> int:
 
 
 def _end_after(seconds: int, connected: threading.Event) -> None:
-    """Ends the program with code 1 unless `connected` comes in time. Runs in a thread."""
+    """Exit with code 1 unless `connected` is set in time. Runs in a thread."""
     end, came = time.monotonic() + seconds, None
     while time.monotonic() < end:
         if connected.wait(1):
             return
-        # Those that came may leave a moment before this one gives up as well.
+        # Other processes may give up a moment earlier.
         came = max((n for n in (came, _connections()) if n is not None), default=None)
-    # jax.distributed ends the process from C++, so this has to come before and tell.
-    print(f"error: {_who_is_missing(seconds, came)}", file=sys.stderr, flush=True)
+    # jax.distributed ends the process from C++, with a stack trace, after its own timeout.
+    try:
+        message = _who_is_missing(seconds, came)
+    except Exception as error:  # JAX's private state has changed
+        message = f"distributed: not all processes connected in {seconds} seconds ({error})"
+    print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -201,9 +229,9 @@ def _who_is_missing(seconds: int, came: int | None) -> str:
 
 
 def _connections() -> int | None:
-    """How many connections there are to ports on which this process listens; None: unknown.
+    """Return the number of connections to ports on which this process listens. None: unknown.
 
-    While processes come together, each has one with process 0, also process 0 itself.
+    During initialization every process has one connection to process 0, as has process 0 itself.
     """
     inodes, rows = set(), []
     try:

@@ -1,7 +1,7 @@
-"""Where arrays lie: one mesh, one table from the names of their axes to those of the mesh.
+"""Sharding: the device mesh and the logical-axis rules.
 
-Parameters carry a name for each axis from the layer that makes them (`blocktx.model`), the few
-activations that matter get theirs from `constrain`. Everything else XLA works out.
+Layers name the axes of their parameters (`named`); a few activations are named with `constrain`.
+XLA derives the sharding of all other arrays.
 """
 
 from collections.abc import Sequence
@@ -11,21 +11,21 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from blocktx.config import MeshConfig, ModelConfig, divisors
+from blocktx.config import MeshConfig, ModelConfig, UserError, divisors
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch are spread
+BATCH_AXES = ("data", "fsdp")  # shard the rows of a batch
 
 
-# Name of an array's axis -> axes of the mesh that it is cut along.
+# Logical axis -> axes of the mesh that shard it.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "layers": (),
     "positions": (),  # of tokens, blocks, prefixes or cache slots
-    "width": ("fsdp",),  # of matrices alone: gathered when they are used
-    "features": (),  # as wide, of vectors and activations
+    "width": ("fsdp",),  # of matrices only, which are gathered when they are used
+    "features": (),  # the same axis of vectors and activations
     "qkv": (),
     "heads": ("tensor",),
     "head_size": (),
@@ -35,13 +35,13 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh `config` over `devices`, all of the run by default.
+    """Return the mesh of `config` over `devices`, by default all devices of the run.
 
-    Devices of several slices (TPU pods that only a data centre network joins) are told apart by
-    their `slice_index`; the mesh's `data` axis goes over the slices first.
+    With several TPU slices (connected by a data centre network, told apart by `slice_index`), the
+    `data` axis spans the slices.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `data` is not a multiple of
+      UserError: the sizes do not multiply to the number of devices, or `data` is not a multiple of
         the number of slices.
     """
     devices = jax.devices() if devices is None else devices
@@ -49,7 +49,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         if shape[0] % slices:
-            raise ValueError(
+            raise UserError(
                 f"config.mesh.data: {shape[0]} is no multiple of the {slices} slices that the "
                 f"devices are in; use {slices}, and fsdp or tensor inside a slice"
             )
@@ -67,18 +67,18 @@ def _shape(config: MeshConfig, count: int) -> tuple[int, ...]:
     rest = [axis for axis, size in sizes.items() if size == -1]
     if count % known or (not rest and count != known):
         advice = (
-            f"let what is given multiply to one of {divisors(count)}"
+            f"let the given sizes multiply to one of {divisors(count)}"
             if rest
-            else "set one of them to -1, which takes the rest"
+            else "set one of them to -1, for all remaining devices"
         )
-        raise ValueError(
+        raise UserError(
             f"config.mesh: {described} does not fit {count} device{'s' * (count > 1)}; {advice}"
         )
     return tuple(count // known if size == -1 else size for size in sizes.values())
 
 
 def check_model_fits(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises a ValueError if heads, MLP or vocabulary cannot be cut along the mesh's `tensor`."""
+    """Raise a UserError if the mesh's `tensor` axis does not divide heads, MLP or vocabulary."""
     tensor = mesh.shape["tensor"]
     sizes = {"vocab_size": config.vocab_size}
     parts = {name: getattr(config, name, None) for name in _STACKS}
@@ -91,7 +91,7 @@ def check_model_fits(config: ModelConfig, mesh: Mesh) -> None:
                 sizes[f"{name}.key_value_heads"] = part.kv_heads
     for name, size in sizes.items():
         if size % tensor:
-            raise ValueError(
+            raise UserError(
                 f"config.mesh.tensor: {tensor} does not divide config.model.{name} {size}; use one "
                 f"of {divisors(size, tensor)}, or another {name}"
             )
@@ -101,10 +101,10 @@ _STACKS = ("block_decoder", "token_decoder", "decoder")
 
 
 def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How an array of this shape, whose axes have these names, is cut along `mesh`.
+    """Return the PartitionSpec of an array with these axis names and this shape.
 
-    An axis of the mesh cuts the first of the array's that asks for it and that it divides, so that
-    a table of odd width is kept whole; None is an axis that is not cut.
+    Each mesh axis shards the first array axis whose rule names it and whose size it divides. Other
+    axes, and axes named None, are replicated.
     """
     free, cuts = set(mesh.axis_names), []
     for name, size in zip(names, shape, strict=True):
@@ -117,10 +117,10 @@ def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Parti
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x`, cut along the mesh that is set (`jax.set_mesh`) as the names of its axes say.
+    """Shard `x` over the current mesh (`jax.set_mesh`) according to its axis names.
 
-    Without a mesh it is `x`. Under a `vmap` with `spmd_axis_name` the mapped axis is cut along
-    that; under one without, XLA decides.
+    Return `x` if no mesh is set. Under `vmap` the mapped axis is sharded by `spmd_axis_name`, or as
+    XLA decides if there is none.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -129,21 +129,21 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def axis_parts(name: str) -> int:
-    """The number of parts that an axis of this name is cut into along the mesh that is set."""
+    """Return the number of shards of an axis of this name on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in RULES[name]]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """All of an array on every device."""
+    """Return the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis of an array, its rows, spread over all devices but those of `tensor`."""
+    """Return the sharding of a batch: rows over `data` and `fsdp`, replicated over `tensor`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """The number of parts that the rows of a batch are cut into."""
+    """Return the number of shards of the rows of a batch."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

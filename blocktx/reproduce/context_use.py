@@ -10,7 +10,6 @@ difficulty of the text cancels:
 """
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -71,15 +70,18 @@ def context_use(
 def _rows(documents: Documents, context: int, block: int) -> np.ndarray:
     """Int32 `[R, 1.5 contexts]`: pieces of documents, one context apart, in random order."""
     length = context + context // block // 2 * block
-    tokens, offsets = documents.tokens, documents.offsets
     begins = [
         begin
-        for first, end in itertools.pairwise(offsets)
-        for begin in range(int(first), int(end) - length + 1, context)
+        for document in documents.ids()
+        for begin in range(
+            int(documents.offsets[document]),
+            int(documents.offsets[document + 1]) - length + 1,
+            context,
+        )
     ]
-    begins = np.random.default_rng(0).permutation(begins)[:_MAX_ROWS]
-    pieces = [np.asarray(tokens[begin : begin + length], np.int32) for begin in map(int, begins)]
-    return np.stack(pieces) if pieces else np.zeros((0, length), np.int32)
+    begins = np.random.default_rng(0).permutation(begins)[:_MAX_ROWS].tolist()
+    pieces = documents.read([(begin, begin + length) for begin in begins])
+    return np.stack(pieces).astype(np.int32) if pieces else np.zeros((0, length), np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -148,7 +148,7 @@ def above_zero(effects: Sequence[tuple[float, float]], statement: str) -> Check:
     """
     mean = statistics.mean(effect for effect, _ in effects)
     error = math.sqrt(sum(error**2 for _, error in effects)) / len(effects)
-    seen = f"{mean:+.4f} ± {error:.4f} (standard error)"
+    seen = f"{mean:+.5f} ± {error:.5f} (standard error)"
     if abs(mean) <= 2 * error:
         return Check(statement, seen, "undecided")
     return Check(statement, seen, "agrees" if mean > 0 else "disagrees")

@@ -1,4 +1,4 @@
-"""What asks a run to stop, noted until it can: signals, and notices of Google Cloud."""
+"""Deferred stop requests: signals and preemption notices of Google Cloud."""
 
 import contextlib
 import os
@@ -11,24 +11,23 @@ from typing import Any
 
 from blocktx.parallel import is_google_vm, metadata
 
-# What a VM is told a minute before its host is serviced, or 30 seconds before it is preempted
-# (https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice). Live migration,
-# which is another value of the first, stops nothing.
+# Metadata of a VM 60 seconds before maintenance of its host, or 30 seconds before preemption
+# (https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice). Live migration is
+# another value of the first, and stops nothing.
 _NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
 
 
 _STOPPING = b"stopping after this step, then saving; Ctrl-C to stop at once\n"
 
 
-_WAIT = 60  # seconds that the metadata server holds a question back for an answer to change
+_WAIT = 60  # seconds that the metadata server waits for a value to change
 
 
 class StopSignals:
-    """Notes SIGINT or SIGTERM in `signal`, or a Google VM's notice that it will be stopped.
+    """Records SIGINT, SIGTERM or a Google VM's preemption notice (as SIGTERM) in `signal`.
 
-    The notice counts as SIGTERM. Further SIGTERMs change nothing: a machine that shuts down sends
-    one to every process, and its parents may pass it on. SIGINT after any of these is handled as it
-    was before.
+    Further SIGTERMs are ignored: a machine that shuts down sends one to every process, and parents
+    may forward it. A further SIGINT has its previous effect.
     """
 
     def __init__(self):
@@ -63,18 +62,19 @@ class StopSignals:
             return
         self.signal = number
         with contextlib.suppress(OSError):
-            # Not through sys.stderr, which may be in the middle of a write; below a progress bar.
+            # Not sys.stderr, which may be in the middle of a write. The line break ends a bar.
             os.write(2, b"\n" * os.isatty(2) + why + _STOPPING)
 
     def _watch(self, path: str, notice: str) -> None:
-        """Waits for the metadata at `path` to be `notice`; runs in a thread of its own."""
-        etag = "0"  # of no value: the first answer comes at once
+        """Wait for the metadata at `path` to be `notice`. Runs in a thread."""
+        etag = "0"  # of no value: the first answer is immediate
         while not self._left and self.signal is None:
+            asked = time.monotonic()
             query = dict(wait_for_change="true", last_etag=etag, timeout_sec=_WAIT)
             try:
                 value, etag = metadata(path, timeout=_WAIT + 10, **query)
             except urllib.error.HTTPError as error:
-                if error.code == 404:  # in a container whose metadata server knows less
+                if error.code == 404:  # a container whose metadata server lacks the value
                     return
                 time.sleep(1)
             except OSError:
@@ -82,13 +82,15 @@ class StopSignals:
             else:
                 if value == notice and not self._left:
                     self._stop(signal.SIGTERM, f"Google Cloud says {path}={value}: ".encode())
+                elif time.monotonic() - asked < 1:  # a server that does not wait
+                    time.sleep(1)
 
 
 @contextlib.contextmanager
-def sigterm_unwinds() -> Iterator[None]:
-    """Makes SIGTERM raise `SystemExit(143)`, so that `with` blocks clean up, unless it is handled.
+def sigterm_raises() -> Iterator[None]:
+    """Make an unhandled SIGTERM raise `SystemExit(143)`, so that `with` blocks clean up.
 
-    Also as a decorator.
+    A context manager and decorator.
     """
     if not _in_main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield

@@ -1,4 +1,4 @@
-"""Training: the loop around the compiled step, and all that a run leaves in its folder."""
+"""The training loop."""
 
 import json
 import os
@@ -8,115 +8,152 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
-from blocktx.checkpoint import Checkpoints, has_checkpoint
-from blocktx.config import RunConfig, to_dict
+from blocktx.checkpoint import Checkpoints, find_all
+from blocktx.config import RunConfig, UserError, to_saved, user_errors
 from blocktx.cost import count_params
-from blocktx.data import PACKING, Corpus, prepare, sources_seen, training_batches
+from blocktx.data import PACKING, Corpus, sources_seen, training_batches
 from blocktx.evaluate import heldout_evaluation
-from blocktx.files import run_folder, write_atomic
+from blocktx.files import write_atomic
 from blocktx.model import build
 from blocktx.parallel import HostRows, create_mesh
-from blocktx.train.interrupt import StopSignals, sigterm_unwinds
-from blocktx.train.loss_plot import plot_loss
+from blocktx.train.agreement import opened_run, require_same_corpus_everywhere
+from blocktx.train.interrupt import StopSignals, sigterm_raises
 from blocktx.train.metrics import MetricsWriter
 from blocktx.train.progress import Progress
+from blocktx.train.report import complete_run, plot_or_warn
+from blocktx.train.run_lock import RunLock
 from blocktx.train.start import (
+    check_special_tokens,
     first_state,
-    require_no_run,
-    require_same_corpus_everywhere,
+    prepare_corpus,
     require_tokenizer_of_first_params,
     resumed_state,
 )
-from blocktx.train.step import TrainState, check_run, create_state, train_step
+from blocktx.train.step import TrainState, check_run, create_state, step_config, train_step
+from blocktx.train.teacher import load_teacher
+from blocktx.train.teacher_cache import TeacherCache
 from blocktx.train.trace import StepTrace
 
 __all__ = ["TrainState", "create_state", "train", "train_step"]
 
 
-@sigterm_unwinds()
+@sigterm_raises()
 def train(
     config: RunConfig,
     workdir: str | os.PathLike[str],
     *,
     resume: bool = False,
+    step: int | None = None,
     profile: range = range(0),
 ) -> TrainState:
-    """Trains to step `config.training.steps`, and leaves in `workdir` all that a run is.
+    """Train to step `config.training.steps`. Write all artifacts of the run to `workdir`.
 
-    That is `checkpoints`, `tokenizer.json`, `config.json`, `metrics.jsonl`, `tensorboard` and
-    `loss.png`. With `resume`, training goes on from the newest checkpoint in `workdir`, exactly as
-    if it had not been interrupted, on whatever devices there are now; or begins if there is none.
-    It begins with new parameters or, of `config.training.init_from`, with those of another
-    checkpoint; that is read only then.
+    These are `checkpoints`, `tokenizer.json`, `config.json`, `metrics.jsonl`, `tensorboard` and
+    `loss.png`. With `resume`, training continues from the newest whole checkpoint in `workdir`,
+    exactly as if it had not been interrupted, on any devices; or begins if there is none. A new run
+    begins with new parameters, or with those of `config.training.init_from`.
 
-    With several processes (`jax.distributed`) all call this, with the same arguments and a
-    `workdir` that all see; each reads its own rows of every batch, and the first reports.
+    With several processes (`jax.distributed`) all of them call this with the same arguments and a
+    `workdir` that all see. Each reads its own rows of every batch. Process 0 reports.
 
-    SIGINT (Ctrl-C) and SIGTERM, if this is the main thread, and notices that a Google VM will be
-    stopped, end training after the step under way and with a checkpoint, in all processes if one
-    gets it. SIGINT after that, or a signal before the first step, stops at once.
+    SIGINT (Ctrl-C) and SIGTERM, if this is the main thread, and preemption notices of a Google VM
+    end training after the current step, with a checkpoint, in all processes if one gets it. Another
+    SIGINT, or a signal before the first step, ends it without a new checkpoint.
 
     Args:
       config: the run.
-      workdir: its folder, on a disk or gs://bucket/...
+      workdir: its folder: local, or gs://bucket/...
       resume: whether the folder may hold the run already.
-      profile: of which steps, counted from 0, `jax.profiler` writes a trace to `workdir/profile`.
+      step: the checkpoint to resume from, in place of the newest whole one.
+      profile: the steps, counted from 0, of which `jax.profiler` writes a trace to
+        `workdir/profile`.
+
+    Returns:
+      The state after the last step.
 
     Raises:
-      SystemExit: after SIGINT or SIGTERM with steps left to take, with the code 128 + signal.
+      SystemExit: SIGINT or SIGTERM came before the last step; the code is 128 + signal.
       FileExistsError: `workdir` holds a run, and `resume` is false.
-      NotADirectoryError, PermissionError: `workdir` cannot be made or written to.
-      FileNotFoundError: the data's source or tokenizer is not there, or what `init_from` names.
-      ValueError: `workdir` is neither local nor in a bucket of Google Cloud, weights are to be
-        bfloat16, mesh, model, batch and devices do not fit each other, the data do not do, the
-        parameters of `init_from` are not those of this model or know another tokenizer, or the run
-        in `workdir` cannot be resumed with this `config` or with other documents.
+      NotADirectoryError, PermissionError: `workdir` cannot be created or written to.
+      FileNotFoundError: the source or tokenizer of the data, the checkpoint of `step`, or what
+        `init_from` names does not exist.
+      UserError: any of these.
+        `workdir` is neither local nor in a bucket of Google Cloud, or another run uses it.
+        Mesh, model, batch and devices do not fit each other, or weights are bfloat16.
+        The data cannot be used, or their tokens do not fit the model.
+        The parameters of `init_from` do not fit the model or have another tokenizer.
+        The run in `workdir` cannot be resumed with this `config` or these documents.
+        All checkpoints in it are damaged.
+        There is no space left for a checkpoint.
+        The processes have different arguments or see different folders.
       FloatingPointError: loss, gradient or parameters are not finite. They are never saved.
     """
+    with opened_run(config, workdir, resume, step) as (workdir, lock):
+        return _train(config, workdir, lock, step, profile)
+
+
+def _train(
+    config: RunConfig,
+    workdir: epath.Path,
+    lock: RunLock | None,
+    from_step: int | None,
+    profile: range,
+) -> TrainState:
     mesh = create_mesh(config.mesh)
     check_run(config, mesh)
-    workdir = run_folder(workdir)
-    if not resume:
-        require_no_run(workdir)
-    begins = not has_checkpoint(workdir)
+    begins = not find_all(workdir)
+    if begins and from_step is not None:
+        raise FileNotFoundError(f"{workdir}: no checkpoint of step {from_step}; there is none")
     if begins:
         require_tokenizer_of_first_params(config)
-    corpus = prepare(config.data, config.model.vocab_size)
+    corpus = prepare_corpus(config)
     if jax.process_count() > 1:
         require_same_corpus_everywhere(corpus)
+    if begins:
+        check_special_tokens(config, corpus.tokenizer)
     host_rows = HostRows(config.training.batch_size, mesh)
-    batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id, host_rows.rows)
-    model = build(config.model)
-    steps, chief = config.training.steps, jax.process_index() == 0
+    with user_errors():
+        cache = TeacherCache(config, corpus) if config.distill.cache else None
+        batches = training_batches(corpus.train, config, corpus.tokenizer.pad_id, host_rows.rows)
+    model, compiled_for = build(config.model), step_config(config)
+    steps, is_primary = config.training.steps, jax.process_index() == 0
 
     with jax.set_mesh(mesh):
         start, state = 0, None
-        if begins:  # what fails here leaves no run behind
+        teacher = load_teacher(config, corpus.tokenizer, mesh)
+        if begins:  # an error here leaves no run behind
             state = first_state(config, model, corpus.tokenizer, mesh)
         with StopSignals() as stop, Checkpoints(workdir, config) as checkpoints:
             if state is None:
-                state, pipeline_state = resumed_state(config, corpus, checkpoints, workdir, mesh)
+                state, pipeline_state = resumed_state(
+                    config, corpus, checkpoints, workdir, mesh, from_step
+                )
                 batches.set_state(pipeline_state)
                 start = int(state.step)
-            if chief:
-                corpus.tokenizer.save(workdir / "tokenizer.json")
-                write_atomic(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+            if is_primary:
+                if begins:  # digests in checkpoints are of this file
+                    corpus.tokenizer.save(workdir / "tokenizer.json")
+                write_atomic(workdir / "config.json", json.dumps(to_saved(config), indent=2) + "\n")
                 _print_summary(config, corpus, mesh)
             evaluate_heldout = heldout_evaluation(config, model, corpus, mesh)
             if start >= steps:
-                if chief:
+                if is_primary:
                     print(
                         f"the run is at step {start} of {steps} already: nothing is left to train"
                     )
-                if evaluate_heldout is not None:
-                    evaluate_heldout(start, state.params)
+                scalars = evaluate_heldout(start, state.params) if evaluate_heldout else None
+                if is_primary:
+                    complete_run(workdir, start, scalars)
                 return state
 
             step = saved = start
 
             def save() -> int:
+                if lock is not None:
+                    lock.check()
                 progress.flush()
                 writer.flush()
                 _require_finite(step, state.params)
@@ -130,7 +167,10 @@ def train(
 
             def next_batch() -> dict[str, jax.Array]:
                 rows = next(batches)
-                if jax.process_count() > 1:  # how the others hear of it
+                _require_known_tokens(rows["tokens"], config)
+                if cache is not None:
+                    rows |= cache.read(step, rows, host_rows.rows)
+                if jax.process_count() > 1:  # informs the other processes
                     rows["stop"] = np.full(len(host_rows.rows), stop.signal is not None)
                 return host_rows.place(rows)
 
@@ -147,7 +187,10 @@ def train(
                         trace.before(step, state)
                         with progress.input():
                             batch = next_batch()
-                        state, metrics = train_step(state, batch, config, model)
+                        stage = config.distill.stage_at(step)
+                        state, metrics = train_step(
+                            state, batch, compiled_for, model, teacher, stage
+                        )
                         step += 1
                         progress.add(step, metrics)
                         last = step == steps
@@ -159,7 +202,7 @@ def train(
                         if due and evaluate_heldout is not None:
                             progress.flush()
                             writer.write(step, evaluate_heldout(step, state.params))
-                    if saved < step:  # a signal has come
+                    if saved < step:  # stopped by a signal
                         save()
             except FloatingPointError as error:
                 last_good = checkpoints.latest_step()
@@ -167,15 +210,15 @@ def train(
                 where = "there is none" if last_good is None else f"{folder}/{last_good}"
                 raise FloatingPointError(f"{error}; last good checkpoint: {where}") from error
 
-    if chief and step > start:
-        plot_loss(workdir)
+    if is_primary and step > start:
+        plot_or_warn(workdir)
         if len(corpus.train.names) > 1:
             pad_id = corpus.tokenizer.pad_id
             print(*sources_seen(corpus.train, config, pad_id, step), sep="\n", flush=True)
     if step < steps:
         where = f"and saved at step {step} of {steps}" if step else "before the first step"
         by = stop.signal or signal.SIGTERM  # another process got it
-        if chief:
+        if is_primary:
             print(
                 f"stopped by {by.name} {where} in {workdir}; "
                 "run the same command with --resume to go on",
@@ -185,8 +228,19 @@ def train(
     return state
 
 
+def _require_known_tokens(tokens_BxNxK: np.ndarray, config: RunConfig) -> None:
+    least, most = int(tokens_BxNxK.min()), int(tokens_BxNxK.max())
+    if least < 0 or most >= config.model.vocab_size:
+        wrong = most if least >= 0 else least
+        raise UserError(
+            f"config.data: token id {wrong} is outside the vocabulary (config.model.vocab_size "
+            f"{config.model.vocab_size}); the tokenized documents in config.data.cache_dir "
+            f"{config.data.cache_dir!r} are damaged, or were prepared for another model"
+        )
+
+
 def _require_finite(step: int, params: dict[str, Any]) -> None:
-    # A finite gradient can still make them overflow.
+    # A finite gradient can still overflow them.
     if not _all_finite(params):
         raise FloatingPointError(f"step {step}: the parameters are not finite")
 
@@ -200,12 +254,24 @@ def _print_summary(config: RunConfig, corpus: Corpus, mesh: Mesh) -> None:
     counted = count_params(config.model)
     train, heldout = corpus.train, corpus.heldout
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    mixed = zip(train.names, train.weights, strict=True)
+    weights = ", ".join(f"{name} {weight:.4f}" for name, weight in mixed)
+    sources = f"sources  {weights}\n" if len(train.names) > 1 else ""
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
         f"model    {config.model.kind}, {counted.total:,} parameters, "
         f"{counted.non_embedding:,} non-embedding\n"
+        f"{_distillation(config)}"
         f"data     {train.token_count:,} tokens in {train.document_count:,} documents, held out "
-        f"{heldout.token_count:,} in {len(heldout):,}\n"
+        f"{heldout.token_count:,} in {len(heldout):,}\n{sources}"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}{hosts}, mesh {shape}",
         flush=True,
     )
+
+
+def _distillation(config: RunConfig) -> str:
+    if not config.distill.teacher:
+        return ""
+    begins = ", ".join(f"{end + 1}" for end in (0, *config.distill.ends))
+    how = f"cached in {config.distill.cache}" if config.distill.cache else "in the step"
+    return f"teacher  {config.distill.teacher}, {how}; stages begin at steps {begins}\n"

@@ -1,4 +1,4 @@
-"""Next-token loss, summed by position in the block, and what training can add to it."""
+"""Training losses: next-token loss and auxiliary losses."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blocktx.config import LossConfig
+from blocktx.config import LossConfig, UserError
 from blocktx.model import (
     BlockTransformer,
     Model,
@@ -30,20 +30,25 @@ def training_sums(
     mask_BxNxK: jax.Array,
     config: LossConfig,
 ) -> dict[str, jax.Array]:
-    """Sums of the losses that a training step is over, by name: `loss` and those that are on.
+    """Return the sums of the enabled losses by name; `loss` is always enabled.
 
-    block_decoding_loss: the context embedding at block i is to be the input embedding of block i+1.
-      With `mse` the sum is over blocks of the mean square of the difference; with `contrastive`, of
-      the nats that it takes to tell the embedding, by its cosine over a temperature of 0.07, from
-      those of all scored blocks in `tokens_BxNxK`. Of several embeddings in a block each is to be
-      its own counterpart, and the mean is taken. No gradient flows into the input embedding, which
-      could otherwise please the loss by being the same for all blocks; so have it the authors.
-    auto_encoding_loss: nats of the same tokens as `loss`, with the block's own input embedding in
-      place of the context embedding. Its gradient reaches embedder and token decoder.
+    block_decoding_loss: predicts the input embedding of block i+1 from the context embedding of
+      block i. `mse`: the mean squared difference, summed over blocks. `contrastive`: the cross
+      entropy of the right embedding among those of all scored blocks in `tokens_BxNxK`, with the
+      cosine over a temperature of 0.07 as logits. With several embeddings per block, each has its
+      own target, and the mean is taken. The target is stop-gradiented, as in the authors' code;
+      otherwise a constant embedding would minimise the loss.
+    auto_encoding_loss: cross entropy of the same tokens as `loss`, with the block's own input
+      embedding in place of the context embedding. It trains embedder and token decoder.
 
-    The contrastive loss holds a matrix of all scored blocks by all scored blocks: where it is too
-    large, more `training.microbatches` make it smaller (and the choice easier).
+    The contrastive loss needs a matrix of scored blocks by scored blocks. More
+    `training.microbatches` make it smaller, with fewer negatives.
+
+    Raises:
+      UserError: an auxiliary loss is enabled for a vanilla model.
     """
+    if config.weights and model.config.kind == "vanilla":
+        raise UserError(f"loss: {', '.join(config.weights)} is for block models only; turn it off")
     fused = model.formulations.loss == "fused"
     if not config.weights and not fused:
         return {"loss": loss_by_position(model, params, tokens_BxNxK, mask_BxNxK)[0].sum()}
@@ -91,7 +96,7 @@ def training_sums(
 
 
 def training_counts(mask_BxNxK: jax.Array, config: LossConfig) -> dict[str, jax.Array]:
-    """What the means of `training_sums` are over, tokens or blocks; 1 instead of none."""
+    """Return the denominators of `training_sums`: numbers of tokens or blocks, at least 1."""
     scored_BxMxK = loss_mask(mask_BxNxK.astype(bool))
     tokens = scored_BxMxK.sum(dtype=jnp.float32)
     blocks = scored_BxMxK.any(-1).sum(dtype=jnp.float32)
@@ -106,7 +111,7 @@ def _fused_nats(
     tokens_BxNxK: jax.Array,
     scored_BxMxK: jax.Array,
 ) -> jax.Array:
-    """The sum of the nats, from what the classifier sees of N blocks, of which the last is idle."""
+    """Return the cross entropy of N - 1 blocks from the hidden states of N; the last is unused."""
     return cross_entropy_sum(
         hidden_BxNxKxE.astype(model.config.compute_dtype),
         classifier_ExV,

@@ -1,22 +1,32 @@
-"""What the devices do in some steps of a run, traced for TensorBoard."""
+"""Profiler traces of chosen training steps, for TensorBoard or xprof."""
 
+import importlib.metadata
+import re
 import tempfile
 from typing import Any
 
 import jax
 from etils import epath
 
+from blocktx.config import UserError
 from blocktx.files import copy_folder
 
 
 class StepTrace:
-    """A trace of `steps`, written to `folder` when they are over or the `with` block is left.
+    """Traces `steps`, and writes to `folder` after the last one or on leaving the `with` block.
 
-    A run that begins or ends between them traces those that it takes.
+    With several processes each has a folder in it: those on one host have the same file names.
+
+    Raises:
+      UserError: there are steps to trace, and the installed libtpu would crash the profiler.
     """
 
-    def __init__(self, folder: epath.PathLike, steps: range):
-        self._folder, self._steps = folder, steps
+    def __init__(self, folder: epath.Path, steps: range):
+        if steps:
+            require_matching_libtpu()
+        several = jax.process_count() > 1
+        self._folder = folder / f"process_{jax.process_index()}" if several else folder
+        self._steps = steps
         self._temporary: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> "StepTrace":
@@ -26,10 +36,15 @@ class StepTrace:
         self._stop()
 
     def before(self, step: int, state: Any) -> None:
-        """To be called before each step, numbered from 0, with what the last one returned."""
+        """Start or stop the trace. Call it before each step, counted from 0.
+
+        Args:
+          step: the number of the step.
+          state: the result of the step before, for which the end of a trace waits.
+        """
         if step not in self._steps:
             if self._temporary is not None:
-                jax.block_until_ready(state)  # the last step is in it to its end
+                jax.block_until_ready(state)
             self._stop()
         elif self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory()
@@ -41,3 +56,25 @@ class StepTrace:
             with self._temporary:
                 copy_folder(self._temporary.name, self._folder)
             self._temporary = None
+
+
+def require_matching_libtpu() -> None:
+    """Raise a UserError if the installed libtpu is not the one that this JAX requires.
+
+    The profiler loads libtpu even without a TPU, and another version is a segmentation fault.
+    """
+    try:
+        installed = importlib.metadata.version("libtpu")
+        required = importlib.metadata.requires("jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if "tpu" not in (jax.config.jax_platforms or "tpu"):  # it is not loaded
+        return
+    for requirement in required:
+        found = re.match(r"libtpu\s*==\s*([\d.]+)\.\*", requirement)
+        if found and not installed.startswith(f"{found[1]}."):
+            raise UserError(
+                f"--profile: libtpu {installed} is installed, and jax "
+                f"{importlib.metadata.version('jax')} needs {found[1]}.*; pip install "
+                "'jax[tpu]', or set JAX_PLATFORMS=cpu or cuda"
+            )

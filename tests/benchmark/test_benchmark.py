@@ -4,8 +4,10 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import types
 
 import jax
+import matplotlib.image
 import pytest
 
 from blocktx import cost
@@ -20,7 +22,7 @@ benchmark = importlib.import_module("blocktx.benchmark.measure")  # `measure` is
 STACK = StackConfig(layers=1, width=16, heads=2)
 CONFIG = BlockConfig(vocab_size=53, context_length=32, block_decoder=STACK, token_decoder=STACK)
 PAPER = pathlib.Path(__file__).parents[2] / "configs" / "paper.py"
-MACHINE = machine.Machine("a device", flops_per_second=1e9, bytes_per_second=1e8)
+MACHINE = machine.MeasuredPeaks("a device", flops_per_second=1e9, bytes_per_second=1e8)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,7 @@ def test_figures_are_consistent(results, candidate):
     (result,) = results
     config = candidate.model.config
     assert result.tokens_per_second == pytest.approx(2 * 64 / result.seconds)
-    assert 0 < result.prefill_seconds < result.seconds
-    assert 0 < result.seconds_to_first_token < result.seconds
+    assert min(result.prefill_seconds, result.seconds_to_first_token) > 0
     assert result.counted_bytes_per_sample == cost.cache_bytes(config, 32) + 4 * 53
     assert result.bytes_per_sample > result.counted_bytes_per_sample
     prefill, block = cost.extend(config, 2, 16, 16), cost.decode_block(config, 2, 32)
@@ -94,9 +95,27 @@ def test_table_json_and_plot(tmp_path):
     out = json.loads(path.read_text())
     assert out["machine"]["flops_per_second"] == 1e9
     assert [r["tokens_per_second"] for r in out["results"]] == [50, 20, 400, 40]
-    assert plot(tmp_path / "plot.png", several).stat().st_size > 5000
-    with pytest.raises(ValueError, match="no held-out loss is known of tiny"):
-        plot(tmp_path / "other.png", [result("tiny", 1, 1.0)])
+    # By batch size and by loss; the second only where the loss of several models is known.
+    for name, shown in {"two.png": several, "one.png": [result("tiny", 1, 1.0)]}.items():
+        assert plot(tmp_path / name, shown).read_bytes().startswith(b"\x89PNG")
+    assert _width(tmp_path / "two.png") > 1.5 * _width(tmp_path / "one.png")
+
+
+def _width(path):
+    return matplotlib.image.imread(path).shape[1]
+
+
+def test_results_grow_by_rounds_that_count(candidate, monkeypatch):
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(ticks) ** 2)
+    bar = types.SimpleNamespace(update=lambda: counted.append(1))
+    counted = []
+    shape = dict(batch_sizes=[1], prompt_tokens=8, new_tokens=4, repeats=2, bar=bar)
+    first, second = benchmark.running_measure([candidate], MACHINE, **shape)
+    assert len(counted) == 3 * benchmark.runs_per_round([candidate])
+    # Run r takes 4r + 1: round 1 has runs 3 to 5, round 2 has runs 6 to 8.
+    assert first[0].seconds == 4 * 5 + 1
+    assert second[0].seconds == (4 * 5 + 1 + 4 * 8 + 1) / 2
 
 
 def test_machine_is_measured(monkeypatch):

@@ -48,8 +48,11 @@ def test_layout_is_the_documented_one(workdir):
     items = {"params", "opt_state", "data", "metadata"}
     assert {child.name for child in folder.iterdir() if child.is_dir()} == items
     metadata = json.loads((folder / "metadata" / "metadata").read_text())
-    assert set(metadata) == {"format_version", "blocktx_version", "step", "config"}
-    assert metadata["format_version"] == FORMAT_VERSION == 1
+    assert set(metadata) == {
+        *("format_version", "blocktx_version", "step", "config"),
+        *("arrays", "data", "tokenizer", "digest"),
+    }
+    assert metadata["format_version"] == FORMAT_VERSION == 2
     assert metadata["config"]["model"]["kind"] == "block"
 
 

@@ -98,8 +98,8 @@ def test_package_that_is_not_installed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("load", [load_params, restore])
 def test_newer_format_version(workdir, load):
-    edit_metadata(workdir, format_version=2, blocktx_version="9.0")
-    with pytest.raises(ValueError, match=r"format_version is 2, .* reads up to 1; .* 9\.0 or new"):
+    edit_metadata(workdir, format_version=3, blocktx_version="9.0")
+    with pytest.raises(ValueError, match=r"format_version is 3, .* reads up to 2; .* 9\.0 or new"):
         load(workdir)
 
 
@@ -183,7 +183,7 @@ def changed(**sections):
 
 def test_resume_names_every_field_that_must_not_change(workdir):
     config = changed(
-        model=dataclasses.replace(MODEL, initializer_range=0.5),
+        model=dataclasses.replace(MODEL, prefix_length=3, initializer_range=0.5),
         data=DataConfig(holdout_every=7),
         training=dataclasses.replace(CONFIG.training, batch_size=4),
         seed=4,
@@ -192,7 +192,7 @@ def test_resume_names_every_field_that_must_not_change(workdir):
         restore(workdir, config)
     assert str(error.value).splitlines()[1:] == [
         "  config.data.holdout_every: checkpoint 20, now 7",
-        "  config.model.initializer_range: checkpoint 0.02, now 0.5",
+        "  config.model.prefix_length: checkpoint 2, now 3",
         "  config.seed: checkpoint 0, now 4",
         "  config.training.batch_size: checkpoint 16, now 4",
     ]
@@ -200,7 +200,8 @@ def test_resume_names_every_field_that_must_not_change(workdir):
 
 def test_resume_may_change_training_optimizer_and_cache(workdir):
     config = changed(
-        data=DataConfig(cache_dir="/elsewhere"),
+        model=dataclasses.replace(MODEL, initializer_range=0.5, platform="tpu", remat="full"),
+        data=DataConfig(cache_dir="/elsewhere", source="elsewhere.txt", tokenizer="elsewhere.json"),
         training=TrainingConfig(steps=99, microbatches=4),
         optimizer=OptimizerConfig(learning_rate=0.5, clip_norm=0.0, schedule="cosine"),
     )

@@ -12,11 +12,14 @@ import jax
 import pytest
 
 from blocktx import cost
+from blocktx.checkpoint.params import save_params
 from blocktx.compile.aot import DoesNotFit, _Compilation, compile_decoding, compile_train_step
 from blocktx.compile.report import table
 from blocktx.compile.topology import find_topology
+from blocktx.config.distill import DistillConfig
 from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
 from blocktx.config.run import MeshConfig, RunConfig, TrainingConfig
+from blocktx.model.build import build, init_params
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'blocktx[aot]'"
@@ -172,3 +175,23 @@ def test_script_needs_nothing_of_the_environment(tmp_path):
     assert "times as many tokens/s" in done.stdout
     block, vanilla = json.loads(out.read_text())
     assert (block["model"], vanilla["model"]) == ("block", "vanilla")
+
+
+@needs_libtpu
+def test_the_teacher_of_distillation_is_counted(tmp_path):
+    params = init_params(build(VANILLA), jax.random.key(0))
+    save_params(tmp_path / "teacher", RunConfig(model=VANILLA), params)
+    distill = DistillConfig(teacher=str(tmp_path / "teacher"))
+    topology = find_topology("v5e:2x2")
+    plain, distilled = (
+        compile_train_step(run, topology)
+        for run in (RUN, dataclasses.replace(RUN, distill=distill))
+    )
+    total = cost.count_params(VANILLA).total
+    assert distilled.memory["teacher"] == pytest.approx(2 * total / 4, rel=0.05)  # bf16, fsdp 4
+    assert plain.memory["teacher"] == 0
+    more = cost.forward(VANILLA, RUN.training.batch_size).flops / 4
+    assert distilled.products == pytest.approx(plain.products + more)
+    assert distilled.flops > plain.flops + 0.9 * more
+    assert "teacher" in table([distilled])
+    assert "teacher" not in table([plain])

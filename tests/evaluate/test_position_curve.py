@@ -14,7 +14,7 @@ from blocktx.checkpoint.params import load_params, load_tokenizer
 from blocktx.config.run import MeshConfig
 from blocktx.data.corpus import Documents, read_in_memory
 from blocktx.evaluate.heldout import summary, text_sums
-from blocktx.evaluate.position_curve import Bin, plot_curve, position_curve
+from blocktx.evaluate.position_curve import default_bin, plot_losses, position_curve
 from blocktx.model.build import build
 from blocktx.parallel.sharding import create_mesh
 from blocktx.train.metrics import read
@@ -81,12 +81,12 @@ def test_places_against_brute_force(kind, stride):
     config = MODELS[kind]
     wanted = brute_force(kind, stride or config.context_length - config.block_length)
     found = sums(kind, stride=stride)
-    flat = found.reshape(2, -1)
+    flat = found[:2].reshape(2, -1)
     np.testing.assert_array_equal(flat[1], wanted[1, config.block_length :])
     np.testing.assert_allclose(flat[0], wanted[0, config.block_length :], rtol=1e-4)
     for size in (4, 5, 32, 1000):
         nats, count = wanted
-        for begin, end, loss, tokens in position_curve(found, size):
+        for begin, end, loss, tokens, _ in position_curve(found, size):
             assert tokens == count[begin:end].sum()
             if tokens:
                 np.testing.assert_allclose(loss, nats[begin:end].sum() / tokens, rtol=1e-4)
@@ -150,9 +150,25 @@ def test_text_of_a_block():
 
 def test_bad_bins(tmp_path):
     with pytest.raises(ValueError, match="bin: got 0 tokens"):
-        position_curve(np.ones((2, 7, 4)), 0)
+        position_curve(np.ones((3, 7, 4)), 0)
     with pytest.raises(ValueError, match="no token was scored"):
-        plot_curve([Bin(0, 8, float("nan"), 0)], tmp_path / "curve.png")
+        plot_losses([("loss", np.zeros((3, 7, 4)))], 8, tmp_path / "curve.png")
+
+
+def test_default_bins_are_whole_blocks():
+    assert default_bin(256, 4) == 16
+    assert default_bin(2048, 4) == 128
+    assert default_bin(24, 8) == 8
+    assert default_bin(10, 1) == 1
+
+
+def test_error_of_a_bin_is_the_standard_error_of_its_mean():
+    losses = np.random.default_rng(0).random((50, 3, 2))  # rows, blocks, positions
+    sums = np.stack([losses.sum(0), np.full((3, 2), 50), np.square(losses).sum(0)])
+    (bin_,) = position_curve(sums, 8)
+    wanted = losses.std(ddof=1) / np.sqrt(losses.size)
+    assert bin_.error == pytest.approx(wanted)
+    assert np.isnan(position_curve(np.stack([[[1.0]], [[1]], [[1.0]]]), 8)[0].error)
 
 
 def launch(*flags):
@@ -168,7 +184,7 @@ def test_command(tmp_path):
     done = launch(*flags)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert f"loss            {found['loss']:.4f} nats a token\n" in done.stdout
+    assert f"loss            {found['loss']:.4f} nats per token\n" in done.stdout
     assert [place["end"] for place in found["loss_by_place"]] == [8, 16, 24, 32]
     assert sum(place["tokens"] for place in found["loss_by_place"]) == found["tokens"]
     assert len(found["loss_by_position"]) == 4

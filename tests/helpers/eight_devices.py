@@ -188,6 +188,63 @@ def decode(kind: str) -> dict[str, list]:
     return found
 
 
+def continuous() -> dict[str, list]:
+    """Tokens of requests decoded one by one on one device, and continuously on some meshes."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from blocktx.config.run import MeshConfig
+    from blocktx.decode.continuous import ContinuousDecoder
+    from blocktx.decode.generate import generate
+    from blocktx.decode.sampling import SamplingConfig, seed_words
+    from blocktx.model.build import abstract_params, build, init_params
+    from blocktx.parallel.sharding import create_mesh
+    from tests.helpers.compile_events import compilations
+
+    found = {}
+    for kind in ("block", "vanilla"):
+        config = dataclasses.replace(
+            _model(kind), context_length=64, initializer_range=0.3, scan_layers=False
+        )
+        net = build(config)
+        params = jax.jit(init_params, static_argnums=0)(net, jax.random.key(0))
+        rng = np.random.default_rng(0)
+        given = [
+            dict(
+                tokens=rng.integers(0, 64, rng.integers(1, 30)).tolist(),
+                max_new_tokens=int(rng.integers(1, 24)),
+                sampling=SamplingConfig([0, 1.0][number % 2]),
+            )
+            for number in range(20)
+        ]
+        alone = []
+        for number, options in enumerate(given):
+            options = dict(options)
+            tokens = np.array([options.pop("tokens")])
+            mask = np.ones_like(tokens)
+            alone.append(generate(net, params, tokens, mask, seed=[number], **options)[0].tolist())
+        for name in ("data", "tensor") if kind == "block" else ("mixed",):
+            mesh = create_mesh(MeshConfig(**MESHES[name]))
+            places = abstract_params(config, mesh)
+            placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, places)
+            decoder = ContinuousDecoder(net, placed, rows=3, blocks_per_call=2, mesh=mesh)
+            decoder.compile()
+            requests = {
+                decoder.request(**options, seed_2=seed_words([number], 1)[0]): number
+                for number, options in enumerate(given)
+            }
+            together = [[] for _ in given]
+            with compilations() as compiled:
+                for updates in decoder.run(requests):
+                    for update in updates:
+                        together[requests[update.request]] += update.tokens
+            assert not compiled, name
+            found[f"{kind}, {name}"] = (alone, together)
+    return found
+
+
 def train(workdir: str, *settings: str) -> None:
     """Trains the run that is described in `workdir`.json, up to each of some steps in turn.
 
@@ -205,6 +262,53 @@ def train(workdir: str, *settings: str) -> None:
         training = dataclasses.replace(config.training, steps=int(steps))
         now = dataclasses.replace(config, training=training, mesh=MeshConfig(**MESHES[mesh]))
         run_training(now, workdir, resume=True)
+
+
+def distillation() -> dict[str, list[float]]:
+    """Return losses of distillation steps in two stages, on meshes and on one device."""
+    import jax
+    import numpy as np
+
+    from blocktx.config.distill import DistillConfig, StageConfig
+    from blocktx.config.run import MeshConfig, OptimizerConfig, RunConfig, TrainingConfig
+    from blocktx.model.build import abstract_params, build
+    from blocktx.parallel.sharding import batch_sharding, create_mesh
+    from blocktx.train import distill
+    from blocktx.train.step import create_state, train_step
+    from tests.helpers.random_weights import random_params
+
+    distill._TOKENS = 32  # several slices
+    model, source = build(_model("block")), build(_model("vanilla"))
+    params = random_params(source, 0.1)
+    frozen = StageConfig(steps=2, hidden_weight=1.0, multipliers=((".*/stack/layers/.*", 0.0),))
+
+    def follow(mesh_config: MeshConfig, devices: list[jax.Device]) -> list[float]:
+        config = RunConfig(
+            model=_model("block"),
+            optimizer=OptimizerConfig(learning_rate=3e-3),
+            training=TrainingConfig(batch_size=16, steps=4, microbatches=2),
+            mesh=mesh_config,
+            distill=DistillConfig(teacher="teacher", stages=(frozen, StageConfig())),
+        )
+        mesh = create_mesh(mesh_config, devices)
+        places = abstract_params(_model("vanilla"), mesh)
+        placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, places)
+        teacher = distill.Teacher(placed, source)
+        rng, found = np.random.default_rng(0), []
+        with jax.set_mesh(mesh):
+            state = create_state(config, model)
+            for step in range(4):
+                shape = (16, model.config.blocks, model.config.block_length)
+                tokens = rng.integers(0, 64, shape, np.int32)
+                batch = {"tokens": tokens, "mask": rng.random(shape) > 0.2}
+                batch = jax.device_put(batch, batch_sharding(mesh))
+                stage = config.distill.stage_at(step)
+                state, metrics = train_step(state, batch, config, model, teacher, stage)
+                found += [float(x) for name, x in metrics.items() if name.endswith("loss")]
+        return found
+
+    found = {name: follow(MeshConfig(**MESHES[name]), jax.devices()) for name in ("fsdp", "mixed")}
+    return found | {"one device": follow(MeshConfig(), jax.devices()[:1])}
 
 
 def text_sums() -> list:

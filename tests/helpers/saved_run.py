@@ -37,14 +37,14 @@ def save(workdir, steps=(3,)):
     return params, opt_state
 
 
-def restore(workdir, config=CONFIG):
+def restore(workdir, config=CONFIG, step=None):
     params = abstract_params(config.model, SHARDING)
     opt_state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING),
         jax.eval_shape(optimizer(config).init, params),
     )
     with Checkpoints(workdir, config) as checkpoints:
-        return checkpoints.restore(params, opt_state)
+        return checkpoints.restore(params, opt_state, step)
 
 
 def assert_same(got, wanted):

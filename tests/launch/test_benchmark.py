@@ -66,7 +66,6 @@ def test_table_and_json(config):
         (["--prompt=8", "--new=8", "--batch_sizes=1,x"], "--batch_sizes: got '1,x'"),
         (["--prompt=8", "--new=8", "--against=nothing"], "--config: KeyError: 'nothing'"),
         (["--prompt=8", "--new=8", "--checkpoint=run"], "give either --config or --checkpoint"),
-        (["--prompt=8", "--new=8", "--plot=plot.png"], "--plot needs runs with a held-out loss"),
         (["--prompt=8", "--new=8", "--memory_limit=1e-9"], "memory_limit: one needs"),
     ],
 )

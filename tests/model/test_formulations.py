@@ -1,0 +1,104 @@
+"""Each formulation against the plain one on CPU: loss, gradient, and greedy tokens."""
+
+import dataclasses
+import typing
+
+import jax
+import numpy as np
+import pytest
+
+from blocktx.config.formulations import Formulations
+from blocktx.config.model import BlockConfig, VanillaConfig
+from blocktx.config.run import LossConfig
+from blocktx.config.stack import StackConfig
+from blocktx.decode.generate import generate
+from blocktx.model.build import build
+from blocktx.train.loss import training_sums
+from tests.helpers.random_weights import random_params
+
+NEOX = StackConfig(1, width=128, heads=4)
+LLAMA = StackConfig.llama(1, 128, 4, key_value_heads=2, mlp_width=96, biases="qkv")
+SHARED = dict(vocab_size=37, context_length=132)
+MODELS = {
+    "neox": BlockConfig(**SHARED, block_length=1, block_decoder=NEOX, token_decoder=NEOX),
+    "llama": BlockConfig(
+        **SHARED, block_length=1, block_decoder=LLAMA, token_decoder=LLAMA, tied_classifier=True
+    ),
+    "vanilla": VanillaConfig(**SHARED, decoder=LLAMA, compute_dtype="bfloat16"),
+}
+PLAIN = dataclasses.replace(
+    Formulations().resolved("unknown"), pallas="interpreted", prefill_positions=100_000
+)
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+
+def choices() -> list[tuple[str, str]]:
+    """Every formulation that is not the plain one, by field."""
+    found = []
+    for field, hint in typing.get_type_hints(Formulations).items():
+        if field in ("pallas", "prefill_positions"):
+            continue
+        plain = getattr(PLAIN, field)
+        found += [(field, x) for x in typing.get_args(hint) if x not in ("auto", plain)]
+    return [*found, ("prefill_positions", 64)]
+
+
+def results(config, formulations):
+    """Loss, gradient and greedy tokens of a model."""
+    model = build(dataclasses.replace(config, formulations=formulations))
+    params = random_params(model, 0.1)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (2, config.blocks, 1))
+    mask = np.ones(tokens.shape, bool)
+    mask[0, 3] = False
+
+    def loss(params):
+        return training_sums(model, params, tokens, mask, LossConfig())["loss"]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    prompts = tokens[:, :20, 0]
+    options = dict(max_new_tokens=6, temperature=0, return_logprobs=True)
+    return value, gradient, generate(model, params, prompts, np.ones_like(prompts), **options)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request):
+    config = MODELS[request.param]
+    return config, results(config, PLAIN)
+
+
+@pytest.mark.parametrize(("field", "value"), choices())
+def test_formulation_equals_the_plain_one(case, field, value):
+    config, (loss, gradient, (tokens, logprobs)) = case
+    got_loss, got_gradient, (got_tokens, got_logprobs) = results(
+        config, dataclasses.replace(PLAIN, **{field: value})
+    )
+    close = 1e-4 if config.compute_dtype == "float32" else 3e-2
+    np.testing.assert_allclose(got_loss, loss, rtol=close)
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(got_gradient), jax.tree.leaves(gradient), strict=True
+    ):
+        scale = np.abs(np.asarray(y)).max() + 1e-6
+        np.testing.assert_allclose(x, y, atol=3 * close * scale, rtol=0, err_msg=str(path))
+    np.testing.assert_allclose(got_logprobs[:, 0], logprobs[:, 0], atol=30 * close)
+    if config.compute_dtype == "float32":
+        np.testing.assert_array_equal(got_tokens, tokens)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_platform_is_resolved(platform):
+    chosen = Formulations().resolved(platform)
+    assert "auto" not in dataclasses.asdict(chosen).values()
+    assert chosen.resolved("tpu") == chosen
+    by_hand = Formulations(norm="plain", prefill_positions=3).resolved("tpu")
+    assert (by_hand.norm, by_hand.prefill_positions, by_hand.loss) == ("plain", 3, "fused")
+
+
+def test_building_does_not_change_the_config():
+    config = MODELS["neox"]
+    model = build(config)
+    assert model.config == config
+    assert model.config.platform == "auto"
+    assert model.formulations == Formulations().resolved(jax.default_backend())
+    other = build(dataclasses.replace(config, platform="tpu"))
+    assert other.formulations.self_attention == "splash"

@@ -1,0 +1,58 @@
+"""Which platforms JAX is told, by what is installed and attached."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from blocktx.parallel import backend
+
+
+@pytest.mark.parametrize(
+    ("installed", "attached", "platforms", "warning"),
+    [
+        ([], [], None, ""),
+        (["libtpu"], [], "cpu", ""),
+        (["libtpu"], ["tpu"], None, ""),
+        ([], ["gpu"], None, "an NVIDIA GPU is idle"),
+        (["libtpu"], ["gpu"], "cpu", ".[cuda13]"),
+        (["libtpu", "jax_cuda12_plugin"], ["gpu"], "cuda,cpu", ""),
+        (["libtpu", "jax_cuda12_plugin"], [], "cpu", ""),
+        (["libtpu", "jax_plugins"], [], None, ""),
+        ([], ["tpu"], None, ".[tpu]"),
+    ],
+)
+def test_platforms(installed, attached, platforms, warning, monkeypatch, capsys):
+    told = []
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(backend, "_installed", lambda name: name in installed)
+    monkeypatch.setattr(backend, "has_tpu", lambda: "tpu" in attached)
+    monkeypatch.setattr(backend, "has_nvidia_gpu", lambda: "gpu" in attached)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: told.append((name, value)))
+    if jax.config.jax_platforms:
+        pytest.skip("JAX_PLATFORMS was set when JAX was imported")
+    backend.choose_backend()
+    assert told == ([("jax_platforms", platforms)] if platforms else [])
+    printed = capsys.readouterr().err
+    assert warning in printed
+    assert bool(printed) == bool(warning)
+
+
+def test_what_the_user_chose_is_kept(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("changed"))
+    backend.choose_backend()
+
+
+def test_a_command_is_silent_with_libtpu_and_without_a_tpu():
+    pytest.importorskip("libtpu", reason="the noise is libtpu's")
+    if backend.has_tpu():
+        pytest.skip("has a TPU, or a network card of Google's")
+    code = (
+        "from blocktx.parallel.backend import choose_backend as f; f(); import jax; jax.devices()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="."
+    )
+    assert done.stderr == ""

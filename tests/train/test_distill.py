@@ -1,0 +1,433 @@
+"""Distillation: losses against independent computation, stages, frozen parameters, runs, caches."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import blocktx.train.distill as module
+from blocktx.config.distill import DistillConfig, StageConfig
+from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
+from blocktx.config.run import OptimizerConfig, RunConfig, TrainingConfig
+from blocktx.convert.uptrain import uptrain
+from blocktx.model.build import build, init_params
+from blocktx.train.distill import Teacher, distillation_sums, top_log_probs
+from blocktx.train.loop import train
+from blocktx.train.metrics import read
+from blocktx.train.optimizer import multipliers
+from blocktx.train.step import create_state, train_step
+from blocktx.train.teacher_cache import write_cache
+from tests.helpers import eight_devices
+from tests.helpers.random_weights import random_params
+from tests.helpers.tiny_run import MODEL, run_config
+
+STACK = StackConfig(layers=2, width=16, heads=2)
+STUDENT = BlockConfig(
+    vocab_size=24, context_length=24, block_length=4, block_decoder=STACK, token_decoder=STACK
+)
+TEACHER = VanillaConfig(
+    vocab_size=24, context_length=24, decoder=StackConfig(layers=3, width=16, heads=2)
+)
+ALL = StageConfig(hidden_weight=1.0)
+
+
+def distill(**settings) -> DistillConfig:
+    return DistillConfig(teacher="teacher", **settings)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    model = build(TEACHER)
+    return Teacher(random_params(model), model)
+
+
+@pytest.fixture(scope="module")
+def student():
+    model = build(STUDENT)
+    return model, random_params(model)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    """Three rows of 6 blocks: whole documents, documents between padding, and little text."""
+    rng = np.random.default_rng(1)
+    mask = np.ones((3, 24), bool)
+    mask[1, [0, 1, 2, 9, 10, 11, 12, 23]] = False  # leading, two blocks apart, and trailing
+    mask[2, :6] = mask[2, 10:] = False  # a block of padding first, and three last
+    tokens = np.where(mask, rng.integers(2, 24, mask.shape), 1).astype(np.int32)
+    return {"tokens": tokens.reshape(3, 6, 4), "mask": mask.reshape(3, 6, 4)}
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def by_hand(student, teacher, batch, temperature: float, layer: int) -> dict[str, float]:
+    """The three sums, token by token: the teacher reads what stands before each token alone."""
+    model, params = student
+    tokens, mask = batch["tokens"], batch["mask"]
+    logits = np.asarray(model.apply({"params": params}, tokens, mask))
+    contexts = np.asarray(model.apply({"params": params}, tokens, mask, method="contexts"))
+    sums = dict.fromkeys(("loss", "kl_loss", "hidden_loss"), 0.0)
+    read = jax.jit(
+        lambda tokens, mask: teacher.model.apply(
+            {"params": teacher.params}, tokens, mask, layer, method="hidden_and_layer"
+        )
+    )
+    classifier = np.asarray(teacher.params["classifier"]["kernel"], np.float64)
+
+    def before(row: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Final logits and hidden state at the last real token of the first `end` of a row."""
+        seen = mask[row].reshape(-1) & (np.arange(24) < end)
+        text = np.where(seen, tokens[row].reshape(-1), 7)  # what is hidden does not matter
+        last = np.flatnonzero(seen)[-1]
+        final, hidden = read(text[None], seen[None])
+        return np.asarray(final[0, last], np.float64) @ classifier, np.asarray(hidden[0, last])
+
+    for row in range(3):
+        for block in range(1, 6):
+            if not mask[row, :block].any() or not mask[row, block].any():
+                continue
+            hidden = before(row, block * 4)[1].astype(np.float64)
+            hidden = (hidden - hidden.mean()) / np.sqrt(hidden.var() + 1e-5)
+            sums["hidden_loss"] += ((contexts[row, block - 1] - hidden) ** 2).mean()
+            for place in np.flatnonzero(mask[row, block]):
+                ours = logits[row, block - 1, place]
+                theirs = before(row, block * 4 + int(place))[0]
+                p, q = log_softmax(theirs / temperature), log_softmax(ours / temperature)
+                sums["kl_loss"] += (np.exp(p) * (p - q)).sum()
+                sums["loss"] -= log_softmax(ours)[tokens[row, block, place]]
+    return sums
+
+
+@pytest.mark.parametrize(("temperature", "layer"), [(1.0, 2), (2.5, 1), (1.0, 3)])
+@pytest.mark.parametrize("tokens_at_once", [4096, 12])
+def test_sums_equal_those_computed_token_by_token(
+    student, teacher, batch, temperature, layer, tokens_at_once, monkeypatch
+):
+    monkeypatch.setattr(module, "_TOKENS", tokens_at_once)
+    config = distill(temperature=temperature, hidden_layer=layer, stages=(ALL,))
+    got = distillation_sums(*student, teacher, batch, config, 0)
+    wanted = by_hand(student, teacher, batch, temperature, layer)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, rtol=2e-4, err_msg=name)
+
+
+def test_leading_padding_changes_nothing_for_the_teacher(teacher, batch):
+    rng = np.random.default_rng(2)
+    text = rng.integers(2, 24, 21).astype(np.int32)
+    bare = np.asarray(
+        teacher.model.apply({"params": teacher.params}, text[None], np.ones((1, 21), bool))
+    )[0]
+    padded = np.concatenate([[1, 1, 1], text]).astype(np.int32).reshape(1, 6, 4)
+    mask = (np.arange(24) >= 3).reshape(1, 6, 4)
+    tokens, log_probs = top_log_probs(teacher, padded, mask, 24, 1.0)
+    found = np.take_along_axis(
+        np.asarray(log_probs), np.argsort(np.asarray(tokens), axis=-1), axis=-1
+    ).reshape(20, 24)
+    # Token 4 of the row is token 1 of the text, which follows from token 0.
+    np.testing.assert_allclose(found, log_softmax(bare[:20]), atol=1e-4)
+
+
+def test_gradients_of_slices_are_those_of_the_whole(student, teacher, batch, monkeypatch):
+    model, params = student
+    config = distill(stages=(ALL,))
+
+    def gradient(params):
+        return jax.grad(
+            lambda p: sum(distillation_sums(model, p, teacher, batch, config, 0).values())
+        )(params)
+
+    whole = gradient(params)
+    monkeypatch.setattr(module, "_TOKENS", 12)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3),
+        gradient(params),
+        whole,
+    )
+
+
+def test_no_gradient_reaches_the_teacher(student, teacher, batch):
+    def loss(params):
+        frozen = Teacher(params, teacher.model)
+        config = distill(stages=(ALL,))
+        return sum(distillation_sums(*student, frozen, batch, config, 0).values())
+
+    assert all((x == 0).all() for x in jax.tree.leaves(jax.grad(loss)(teacher.params)))
+
+
+def test_partitioned_teacher_has_no_hidden_loss_with_blocks_of_one_token(teacher, batch):
+    config, params = uptrain(
+        TEACHER, teacher.params, method="partition", block_length=1, block_layers=2
+    )
+    flat = {name: x[:1].reshape(1, 24, 1) for name, x in batch.items()}  # without padding
+    settings = distill(stages=(ALL,))
+    sums = distillation_sums(build(config), params, teacher, flat, settings, 0)
+    assert sums["hidden_loss"] < 1e-6
+    assert sums["kl_loss"] > 1e-2
+
+
+def test_top_k_bounds_the_divergence_from_below_and_meets_it(student, teacher, batch):
+    config = distill(temperature=1.5)
+    full = distillation_sums(*student, teacher, batch, config, 0)["kl_loss"]
+    found = []
+    for k in (1, 4, 23, 24):
+        tokens, log_probs = top_log_probs(teacher, batch["tokens"], batch["mask"], k, 1.5)
+        part = batch | {"teacher_tokens": tokens, "teacher_log_probs": log_probs}
+        found.append(float(distillation_sums(*student, None, part, config, 0)["kl_loss"]))
+    assert (np.diff(found) > -1e-3).all()
+    assert 0 < found[0] < 0.9 * float(full)
+    np.testing.assert_allclose(found[2:], full, rtol=1e-4)  # with 23 of 24 the rest is one token
+
+
+def step_config(**settings) -> RunConfig:
+    optimizer = OptimizerConfig(learning_rate=1e-2, multipliers=settings.pop("multipliers", ()))
+    return RunConfig(
+        model=STUDENT,
+        optimizer=optimizer,
+        training=TrainingConfig(batch_size=3, steps=4, **settings.pop("training", {})),
+        distill=distill(**settings),
+    )
+
+
+def changes(config: RunConfig, teacher, batch, stage: int = 0):
+    model = build(STUDENT)
+    state = create_state(config, model)
+    before = jax.device_get(state.params)
+    state, metrics = train_step(state, batch, config, model, teacher, stage)
+    return jax.tree.map(lambda x, y: np.asarray(x) - y, state.params, before), metrics
+
+
+def test_stages_freeze_and_scale_by_pattern(teacher, batch):
+    stage = StageConfig(
+        steps=2, hidden_weight=1.0, multipliers=((".*/stack/layers/.*", 0), ("embedder/.*", 0.5))
+    )
+    both, one = (
+        changes(step_config(stages=stages), teacher, batch)[0] for stages in ((ALL,), (stage, ALL))
+    )
+    for decoder in ("block_decoder", "token_decoder"):
+        assert all((x == 0).all() for x in jax.tree.leaves(one[decoder]["stack"]["layers"]))
+        assert all((x != 0).any() for x in jax.tree.leaves(both[decoder]["stack"]["layers"]))
+    # Adam's first update depends on the gradient's sign, up to epsilon.
+    half = one["embedder"]["tokens"]["embedding"]
+    whole = both["embedder"]["tokens"]["embedding"]
+    moved = np.abs(whole) > 5e-3
+    assert moved.any()
+    np.testing.assert_allclose(half[moved], 0.5 * whole[moved], rtol=0.05)
+    assert (np.abs(one["token_decoder"]["classifier"]["kernel"]) > 5e-3).any()
+
+
+def test_multipliers_work_without_distillation(batch):
+    config = RunConfig(
+        model=STUDENT,
+        optimizer=OptimizerConfig(multipliers=(("embedder/.*", 0.0),)),
+        training=TrainingConfig(batch_size=3, steps=4),
+    )
+    moved, _ = changes(config, None, batch)
+    assert all((x == 0).all() for x in jax.tree.leaves(moved["embedder"]))
+    assert (moved["token_decoder"]["classifier"]["kernel"] != 0).any()
+
+
+def test_microbatches_give_the_same_step(teacher, batch):
+    twice = {name: np.concatenate([x, x[::-1]]) for name, x in batch.items()}
+    got = []
+    for parts in (1, 2):
+        config = step_config(stages=(ALL,))
+        training = TrainingConfig(batch_size=6, steps=4, microbatches=parts)
+        _, metrics = changes(dataclasses.replace(config, training=training), teacher, twice)
+        got.append({name: float(x) for name, x in metrics.items()})
+    assert {"loss", "kl_loss", "hidden_loss"} <= got[0].keys()
+    assert got[0] == pytest.approx(got[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "why"),
+    [
+        ((("decoder/.*", 0.0),), r"stages\[0\].multipliers: 'decoder/\.\*' has no effect, it matc"),
+        (((".*", 0.5), ("embedder/.*", 0.0)), "its parameters all match earlier patterns"),
+        (((".*", 0.0),), "all parameters are frozen"),
+    ],
+)
+def test_patterns_without_effect_are_named(patterns, why):
+    params = jax.eval_shape(lambda: init_params(build(STUDENT), jax.random.key(0)))
+    config = step_config(stages=(StageConfig(multipliers=patterns),))
+    with pytest.raises(ValueError, match=why):
+        multipliers(params, config, 0)
+
+
+# Runs.
+
+SOURCE = VanillaConfig(vocab_size=300, context_length=32, decoder=MODEL.block_decoder)
+TWO = (
+    StageConfig(
+        steps=3,
+        cross_entropy_weight=0.0,
+        hidden_weight=1.0,
+        multipliers=(("(block|token)_decoder/stack/layers/.*", 0.0),),
+    ),
+    StageConfig(cross_entropy_weight=0.0),
+)
+
+
+@pytest.fixture(scope="module")
+def source(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("source") / "run"
+    train(dataclasses.replace(run_config(data, steps=2), model=SOURCE), workdir)
+    return workdir
+
+
+def run(data, source, **settings) -> RunConfig:
+    training = dict(steps=6, checkpoint_every=2) | settings.pop("training", {})
+    settings = dict(teacher=str(source), stages=TWO) | settings
+    return dataclasses.replace(run_config(data, **training), distill=DistillConfig(**settings))
+
+
+@pytest.fixture(scope="module")
+def distilled(data, source, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("distilled") / "run"
+    config = run(data, source)
+    return config, workdir, train(config, workdir)
+
+
+def test_stages_follow_each_other_in_a_run(distilled):
+    _, workdir, _ = distilled
+    lines = [line for line in read(workdir) if "train/loss" in line]
+    assert [("train/hidden_loss" in line, "train/kl_loss" in line) for line in lines] == [
+        *[(True, True)] * 3,
+        *[(False, True)] * 3,
+    ]
+    assert lines[-1]["train/kl_loss"] < lines[0]["train/kl_loss"]
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resuming_is_exact_in_each_stage(distilled, tmp_path, step):
+    config, workdir, wanted = distilled
+    shutil.copytree(workdir, tmp_path / "run")
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    if not any((tmp_path / "run" / "checkpoints").iterdir()):
+        pytest.skip("the checkpoint is not kept")
+    got = train(config, tmp_path / "run", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, got.params, wanted.params)
+    jax.tree.map(np.testing.assert_array_equal, got.opt_state, wanted.opt_state)
+
+
+def test_checkpoints_hold_the_student_alone(distilled, finished):
+    sizes = [
+        sum(f.stat().st_size for f in (workdir / "checkpoints").rglob("*") if f.is_file())
+        / len(list((workdir / "checkpoints").iterdir()))
+        for workdir in (distilled[1], finished[1])
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+
+
+def other_model(**fields):
+    return lambda config: dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **fields)
+    )
+
+
+def other_distill(**fields):
+    return lambda config: dataclasses.replace(
+        config, distill=dataclasses.replace(config.distill, **fields)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (other_model(vocab_size=301), "vocab_size 300, config.model.vocab_size 301"),
+        (other_model(context_length=64), "context_length 32 is below .*context_length 64"),
+        (other_distill(hidden_layer=2), "hidden_layer: 2 is more than the teacher's 1 layers"),
+        (
+            other_model(block_decoder=StackConfig(layers=1, width=64, heads=4)),
+            "context embeddings of width 64 .* hidden states of width 32",
+        ),
+        (
+            other_distill(stages=(StageConfig(multipliers=(("nothing", 0.0),)),)),
+            r"config.distill.stages\[0\].multipliers: 'nothing' has no effect",
+        ),
+        (other_distill(cache="nowhere", stages=(StageConfig(),)), "holds no manifest.json"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_leaves_nothing(data, source, tmp_path, change, why):
+    with pytest.raises(ValueError, match=why):
+        train(change(run(data, source)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_teacher_must_be_vanilla_and_there(data, finished, tmp_path):
+    with pytest.raises(ValueError, match="is a block model, must be vanilla"):
+        train(run(data, finished[1]), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        train(run(data, tmp_path / "none"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_teacher_must_know_the_tokenizer(data, source, tmp_path):
+    (tmp_path / "other").mkdir()
+    for name in "ab":
+        (tmp_path / "other" / f"{name}.txt").write_text("zebra quagga okapi " * 300)
+    words = dataclasses.replace(data, source=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"trained with another tokenizer .*tokenizer\.json"):
+        train(run(words, source), tmp_path / "run")
+    shutil.copytree(source, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="a newly trained tokenizer cannot be the teacher's"):
+        train(run(data, tmp_path / "bare"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_cached_teacher_trains_the_same_student(data, source, tmp_path):
+    config = run(
+        data, source, stages=(StageConfig(cross_entropy_weight=0.0),), training=dict(steps=3)
+    )
+    cache = tmp_path / "cache"
+    write_cache(config, cache, 300)
+    cached = other_distill(cache=str(cache))(config)
+    losses = []
+    for name, one in (("teacher", config), ("cached", cached)):
+        train(one, tmp_path / name)
+        losses.append(
+            [line["train/kl_loss"] for line in read(tmp_path / name) if "train/kl_loss" in line]
+        )
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)  # float16 in the cache
+
+
+def test_cache_goes_on_and_belongs_to_one_run(data, source, tmp_path):
+    config = run(data, source, stages=(StageConfig(),), training=dict(steps=2))
+    cache = tmp_path / "cache"
+    write_cache(config, cache, 4)
+    files = sorted(cache.glob("*.npz"))
+    before = [file.read_bytes() for file in files]
+    files[0].unlink()
+    untouched = files[1].stat().st_mtime_ns
+    cached = other_distill(cache=str(cache))(config)
+    with pytest.raises(ValueError, match="lacks 1 of 2 steps, step 0 first"):
+        train(cached, tmp_path / "run")
+    write_cache(config, cache, 4)
+    assert [file.read_bytes() for file in files] == before
+    assert files[1].stat().st_mtime_ns == untouched
+    with pytest.raises(ValueError, match="top_k: cached 4, now 5"):
+        write_cache(config, cache, 5)
+    with pytest.raises(ValueError, match=r"config\.seed: cached 0, now 1"):
+        train(dataclasses.replace(cached, seed=1), tmp_path / "run")
+    hotter = other_distill(temperature=2.0)(cached)
+    with pytest.raises(ValueError, match=r"config\.distill\.temperature: cached 1\.0, now 2\.0"):
+        train(hotter, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    files[1].write_bytes(before[1][:100])
+    with pytest.raises(ValueError, match=r"00000001.npz: cannot be read .*cache_teacher.py again"):
+        train(cached, tmp_path / "run")
+
+
+def test_sharded_distillation_equals_that_of_one_device():
+    losses = eight_devices.run("distillation")
+    for name, found in losses.items():
+        np.testing.assert_allclose(found, losses["one device"], rtol=2e-4, err_msg=name)
