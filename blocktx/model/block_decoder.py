@@ -74,7 +74,7 @@ class BlockDecoder(nn.Module):
         if seen_S is not None:
             slots = seen_S.size * group
             seen_TxS = jnp.broadcast_to(jnp.repeat(seen_S, group), (order_T.size, slots))
-            mask_TxS = jax.lax.dynamic_update_slice(seen_TxS, mask_TxS, (0, slot * group))
+            mask_TxS = jax.lax.dynamic_update_slice_in_dim(seen_TxS, mask_TxS, slot * group, axis=1)
         x_TxD, cache = self.stack(
             embeddings_NxnxD.reshape(-1, width),
             start * group + order_T,
