@@ -1,5 +1,6 @@
 """Progress of long work on stderr: a bar on a terminal, otherwise a line every few seconds."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -30,6 +31,11 @@ class ProgressBar(tqdm):
         if text:
             print(text, file=sys.stderr, flush=True)
         return True
+
+    def close(self) -> None:
+        if not self._terminal:
+            self.fp = io.StringIO()  # takes the end of a redrawn line
+        super().close()
 
     def count(self, done: float) -> None:
         """Show that `done` of `total` are done."""

@@ -9,7 +9,8 @@ Usage: launch/slurm.sh [OPTION]... -- TRAINING_FLAG...
 Submits a job that runs launch/train.py with these flags in a process for each GPU, which
 jax.distributed connects by what SLURM tells them. Before the time limit, and when the job is
 preempted, the run saves; the job then goes back into the queue and resumes, as it does after a crash.
---workdir is a folder that all nodes see, or gs://...
+--workdir is a folder that all nodes see, or gs://... The job's log is in it, or for gs:// in this
+clone.
 
 Options:
   --name=NAME             of the job (default blocktx)
@@ -59,13 +60,23 @@ training=("$@")
 for wanted in config workdir; do
   [[ " ${training[*]} " == *" --$wanted="* ]] || die "--$wanted=... is missing after --"
 done
+logs=$root
+for flag in "${training[@]}"; do
+  case $flag in
+    --workdir=gs://*) ;;
+    --workdir=*) logs=${flag#--workdir=} ;;
+  esac
+done
+# The log of a job must have a folder when the job starts. A new run may find it in its workdir.
+[[ $logs == /* ]] || logs=$root/$logs
+[[ -n $dry_run ]] || mkdir -p "$logs"
 
-# All GPUs of a node have to be visible to all its processes, each of which takes the one with its
-# SLURM_LOCALID: so no --gpus-per-task. The signal is for the steps, not for this script.
+# Every process must see all GPUs of its node, and takes the one of its SLURM_LOCALID: no
+# --gpus-per-task. The signal goes to the steps, not to this script.
 submit=(
   sbatch --job-name="$name" --nodes="$nodes" --gpus-per-node="$gpus_per_node"
   --ntasks-per-node="$gpus_per_node" --cpus-per-task="$cpus_per_gpu" --signal="TERM@$grace_seconds"
-  --requeue --open-mode=append --output="$name-%j.log" --chdir="$root"
+  --requeue --open-mode=append --output="$logs/$name-%j.log" --chdir="$root"
 )
 [[ -z $time ]] || submit+=(--time="$time")
 [[ -z $partition ]] || submit+=(--partition="$partition")
@@ -77,7 +88,8 @@ job() {
   cat <<JOB
 #!/usr/bin/env bash
 set -uo pipefail
-srun --kill-on-bad-exit=1 $(printf '%q ' "$python" launch/train.py "${training[@]}")--resume
+# Slurm 22.05 to 23.02 does not pass --cpus-per-task on from sbatch.
+srun --kill-on-bad-exit=1 --cpus-per-task=$cpus_per_gpu $(printf '%q ' "$python" launch/train.py "${training[@]}")--resume
 code=\$?
 case \$code in
   0 | 1 | 2 | 130) exit \$code ;;

@@ -26,7 +26,8 @@ IMPORTS: dict[str, str] = {
     "checkpoint": "config files data model",
     "decode": "config progress_bar parallel data model checkpoint",
     "evaluate": "config plotting progress_bar files parallel data model decode",
-    "train": "config plotting files chips cost parallel data ops model checkpoint decode evaluate",
+    "train": "config plotting progress_bar files chips cost parallel data ops model checkpoint "
+    "decode evaluate",
     "benchmark": "config plotting progress_bar files cost model decode",
     "compile": "chips config cost parallel model decode train",
     "convert": "config model",

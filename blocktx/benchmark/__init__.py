@@ -1,23 +1,21 @@
 """How fast does a model decode?
 
-measure.py  measured throughput, latency and memory
-machine.py  measured peaks of the machine
-report.py   tables and plots
+candidates.py  models to measure
+machine.py     measured peaks of the machine
+measure.py     measured throughput, latency and memory
+report.py      tables and plots
 """
 
+from blocktx.benchmark.candidates import Candidate, equal_vanilla, random_model, with_room
 from blocktx.benchmark.machine import measure_machine
 from blocktx.benchmark.measure import (
     SETTINGS,
-    Candidate,
     counted_bytes,
     decode_throughput,
-    equal_vanilla,
     largest_batch,
     measure,
-    random_model,
     running_measure,
     runs_per_round,
-    with_room,
 )
 from blocktx.benchmark.report import plot, table, write_json
 

@@ -135,8 +135,8 @@ def parse_metadata(where: str, metadata: Any, *, verify: bool = True) -> Metadat
 
 
 def _seal(metadata: Mapping[str, Any]) -> str:
-    """Return the digest of metadata without its own digest and without execution choices."""
-    rest = {name: value for name, value in metadata.items() if name != "digest"}
+    """Return the digest of metadata without its own digest, nulls and execution choices."""
+    rest = {k: v for k, v in metadata.items() if k != "digest" and v is not None}
     return json_digest(rest | {"config": portable(rest["config"])})
 
 

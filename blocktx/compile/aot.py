@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from blocktx import cost
-from blocktx.compile.hlo import Computation, Program
+from blocktx.compile.advice import decoding_advice, training_advice
+from blocktx.compile.hlo import Program
 from blocktx.compile.hlo_collectives import collectives
 from blocktx.compile.hlo_cost import cycles, flops, hbm_bytes
+from blocktx.compile.hlo_operations import Computation
 from blocktx.compile.report import GIB, Report
 from blocktx.compile.topology import Topology
 from blocktx.config import MeshConfig, ModelConfig, RunConfig
@@ -33,11 +35,7 @@ from blocktx.train import (
 )
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-
-
 _SIZE = r"([\d.]+)([KMGT]?)"
-
-
 _OPTIONS = {
     "tpu": {},
     # Without a GPU to try its own tilings on, XLA finds none for some shapes; so cuBLAS.
@@ -80,7 +78,7 @@ def compile_train_step(config: RunConfig, topology: Topology) -> Report:
         },
         batch_size=rows,
         tokens=rows * config.model.context_length,
-        advice=lambda kinds, limit: _training_advice(kinds, limit, config, mesh),
+        advice=lambda kinds, limit: training_advice(kinds, limit, config, mesh),
     )
     products = cost.train_step(config).flops / mesh.size
     if teacher is not None:
@@ -145,7 +143,7 @@ def compile_decoding(
         arguments=arguments,
         batch_size=batch_size,
         tokens=batch_size * (context if program == "prefill" else model.block_length),
-        advice=lambda kinds, limit: _decoding_advice(model, batch_size, parts, context),
+        advice=lambda kinds, limit: decoding_advice(model, batch_size, parts, context),
     )
     tensor = mesh.shape["tensor"]
     least = topology.chip.seconds(flops=work.flops / tensor, hbm=work.bytes / tensor)
@@ -278,34 +276,3 @@ def _bytes_on_a_chip(tree: Any) -> int:
         return part.size * part.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(tree)))
-
-
-def _training_advice(kinds: dict[str, float], limit: float, config: RunConfig, mesh: Mesh) -> str:
-    """Knobs for what takes the most memory, as flags."""
-    state = kinds["parameters"] + kinds["optimizer"]
-    others = sum(kinds.values()) - state
-    parts = config.training.microbatches
-    rows = config.training.batch_size // batch_parts(mesh) // parts
-    enough = [n for n in range(2, rows + 1) if rows % n == 0 and state + others / n < 0.9 * limit]
-    knobs = []
-    if enough:
-        knobs.append(f"--config.training.microbatches={parts * enough[0]}")
-    elif rows > 1:
-        knobs.append(f"--config.training.microbatches={parts * rows}, and what follows here")
-    if config.model.remat != "full":
-        knobs.append("--config.model.remat=full")
-    if mesh.shape["data"] > 1:
-        knobs.append("--config.mesh.data=1 --config.mesh.fsdp=-1")
-    if not enough:
-        knobs.append(f"--config.mesh.tensor={2 * mesh.shape['tensor']}")
-        knobs.append("a topology of more chips")
-    return ", or ".join(knobs)
-
-
-def _decoding_advice(model: ModelConfig, batch_size: int, parts: int, context: int) -> str:
-    knobs = []
-    if batch_size > parts:
-        knobs.append(f"--batch_size={max(parts, batch_size // 2 // parts * parts)}")
-    if model.param_dtype == "float32":
-        knobs.append("--config.model.param_dtype=bfloat16")
-    return ", or ".join([*knobs, f"--context below {context}", "--config.mesh.tensor=2"])

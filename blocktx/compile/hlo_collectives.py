@@ -5,7 +5,8 @@ import math
 import re
 from collections.abc import Iterable
 
-from blocktx.compile.hlo import Computation, Executed, Operation, Program, Shape
+from blocktx.compile.hlo import Program
+from blocktx.compile.hlo_operations import Computation, Executed, Operation, Shape
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from blocktx.chips import Chip
-from blocktx.compile.hlo import Computation, Executed, Operation, Program, Shape
+from blocktx.compile.hlo import Program
 from blocktx.compile.hlo_collectives import COLLECTIVES, results
+from blocktx.compile.hlo_operations import Computation, Executed, Operation, Shape
 
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
@@ -24,8 +25,6 @@ _FREE = {
 
 # Of queries by keys, with its heads' size inside or outside; the second makes all gradients.
 _SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
-
-
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 
 

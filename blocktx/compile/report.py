@@ -7,8 +7,6 @@ from typing import Any
 from blocktx.compile.hlo_collectives import Collective
 
 GIB = 2**30
-
-
 _SHOWN = 12  # collectives in the table; the JSON has all
 
 

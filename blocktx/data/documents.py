@@ -86,6 +86,11 @@ class Documents:
         """Return the numbers of these documents, int32 or int64 [D]."""
         return np.concatenate([np.arange(0, dtype=np.int32), *(p.ids() for p in self._ranges())])
 
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the tokens of one of these documents, by its place among them."""
+        document = self.ids()[index]
+        return self.read([tuple(self.offsets[document : document + 2].tolist())])[0]
+
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Return the tokens of each range of positions, which may not span two documents.
 

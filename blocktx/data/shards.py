@@ -123,9 +123,6 @@ class ShardedTokens:
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(_File)
         self._objects = functools.cache(_list_objects)
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
     def read(self, ranges: Iterable[tuple[int, int]]) -> list[np.ndarray]:
         """Return the tokens of each range of positions, uint16 or uint32, read all at once.
 

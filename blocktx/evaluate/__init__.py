@@ -24,7 +24,7 @@ from blocktx.evaluate.heldout import (
 from blocktx.evaluate.needle import DEPTHS, PROMPTS, needle_accuracy, plot_accuracy, running_needle
 from blocktx.evaluate.next_logits import map_logits
 from blocktx.evaluate.position_curve import Bin, default_bin, plot_losses, position_curve
-from blocktx.evaluate.scoring import iterate_scores, longest_row, score
+from blocktx.evaluate.scoring import Score, iterate_scores, longest_row, score
 
 __all__ = [
     "DEPTHS",
@@ -32,6 +32,7 @@ __all__ = [
     "Bin",
     "Evaluation",
     "Report",
+    "Score",
     "comparison_rows",
     "default_bin",
     "evaluate",

@@ -3,14 +3,15 @@ r"""Models in EleutherAI's lm-evaluation-harness, as `--model blocktx`.
     python -m blocktx.lm_eval --model blocktx --model_args checkpoint=runs/quickstart \
         --batch_size auto --tasks piqa
 
-is the harness's own command line, `lm_eval`, after this module has registered the model: the
-harness (0.4.13) looks for models in no other place. In Python, `import blocktx.lm_eval` and then
-`lm_eval.simple_evaluate(model="blocktx", model_args={"checkpoint": ...}, tasks=[...])`.
+is the command line of the harness, `lm_eval`, with this model registered. In Python, `import
+blocktx.lm_eval` and then `lm_eval.simple_evaluate(model="blocktx", model_args={"checkpoint": ...},
+tasks=[...])`. With `--use_cache=FILE` an interrupted evaluation continues where it was.
 
-`blocktx/lm_eval/tasks` is a folder for `--include_path`, see there.
+`blocktx/lm_eval/tasks` is a folder for `--include_path`.
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -20,20 +21,19 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from blocktx.decode import Placement, load
-from blocktx.evaluate import longest_row, score
+from blocktx.evaluate import Score, iterate_scores, longest_row
+from blocktx.progress_bar import ProgressBar
 
 _DEFAULT_BATCH_SIZE = 16
-
-
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")  # what `Engine.generate` takes
 
 
 @register_model("blocktx")
 class HarnessModel(TemplateLM):
-    """A checkpoint of a block or vanilla model.
+    """A block or vanilla model of a checkpoint.
 
-    Before the first token stand block_length - 1 tokens of padding where the model was trained with
-    random padding, and none otherwise (`blocktx.evaluate.scoring`).
+    Models trained with random padding get block_length - 1 padding tokens before the first token,
+    others none (`blocktx.evaluate.scoring`).
     """
 
     def __init__(
@@ -45,19 +45,19 @@ class HarnessModel(TemplateLM):
         device: str | None = None,
         max_batch_size: int | None = None,
     ):
-        """Loads a checkpoint onto JAX's first device.
+        """Load a checkpoint onto JAX's first device.
 
         Args:
           checkpoint: as for `blocktx.load`.
-          batch_size: rows at a time; "auto" is 16 (the harness's default is 1). It changes no
-            result.
-          max_gen_toks: tokens to generate where a task does not say; None: 256, or half of the
+          batch_size: rows in a batch; "auto": 16 (the harness's default is 1). It does not change
+            results.
+          max_gen_toks: tokens to generate if a task does not set it; None: 256, or half of the
             context if that is less.
-          placement: "pad" or "force"; None: what fits the checkpoint's training.
-          device, max_batch_size: which the harness hands to every model; not used.
+          placement: "pad" or "force"; None: by the checkpoint's training.
+          device, max_batch_size: passed by the harness to every model; ignored.
 
         Raises:
-          FileNotFoundError, ValueError: as `blocktx.load`, or an option is out of its range.
+          FileNotFoundError, ValueError: see `blocktx.load`; or an option is out of range.
         """
         super().__init__()
         del device, max_batch_size
@@ -86,14 +86,14 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids of a text; there are no special tokens to add."""
+        """Return the token ids of a text, without special tokens."""
         del add_special_tokens, kwargs
         return self.engine.tokenizer.encode(string)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding would write it.
+        """Return the log-probability of each continuation, and whether it is the greedy one.
 
         Raises:
           ValueError: a request has no continuation.
@@ -118,21 +118,20 @@ class HarnessModel(TemplateLM):
                     f"after a context that ends with {context[-40:]!r}"
                 )
         pairs = [(context or [self.eot_token_id], ids) for _, context, ids in requests]
-        answers = [
-            (float(found.logprobs_J.sum(dtype="float64")), bool(found.likeliest_J.all()))
-            for found in self._score(pairs)
-        ]
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for index, found in self._scores(pairs):
+            answer = (float(found.logprobs_J.sum(dtype="float64")), bool(found.likeliest_J.all()))
+            answers[index] = answer
+            self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
         return answers
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of each whole text, after the end of another one.
+        """Return the log-probability of each whole text, after an end token.
 
-        A text longer than the context is scored in parts. Each part sees a token of the one before,
-        or a block of them without padding, and the last sees as much as the context holds.
+        A text longer than the context is scored in parts. Each part is preceded by one token of the
+        part before, or by a block without padding; the last part by as many as the context holds.
 
         Raises:
           ValueError: a document is empty.
@@ -153,14 +152,19 @@ class HarnessModel(TemplateLM):
                 pairs.append(make_disjoint_window(window))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, self._score(pairs), strict=True):
+        missing = [owners.count(number) for number in range(len(requests))]
+        for index, found in self._scores(pairs):
+            owner = owners[index]
             totals[owner] += float(found.logprobs_J.sum(dtype="float64"))
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            missing[owner] -= 1
+            if not missing[owner]:
+                args = requests[owner].args
+                self.cache_hook.add_partial("loglikelihood_rolling", args, totals[owner])
         return totals
 
-    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Any]:
-        return score(
+    def _scores(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, Score]]:
+        """Yield scores as they are computed; --use_cache then keeps them if Ctrl-C comes."""
+        return iterate_scores(
             self.engine.model,
             self.engine.params,
             pairs,
@@ -170,12 +174,12 @@ class HarnessModel(TemplateLM):
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to the first of its stop strings.
+        """Return a continuation of each context, up to the first stop string.
 
-        Of a context that does not fit with what is to be generated the beginning is left out.
+        If a context does not fit together with its continuation, its beginning is dropped.
 
         Raises:
-          ValueError: an option that `Engine.generate` does not know, or no room for a context.
+          ValueError: an option is unknown to `Engine.generate`, or a context has no room.
         """
         del disable_tqdm
         groups: dict[str, list[int]] = {}  # requests that can share a batch, by their options
@@ -184,23 +188,25 @@ class HarnessModel(TemplateLM):
         texts = [""] * len(requests)
         asked = [self._settings(json.loads(options)) for options in groups]  # all before any runs
         rooms = [self._room(settings["max_new_tokens"]) for settings in asked]
-        for settings, room, numbers in zip(asked, rooms, groups.values(), strict=True):
-            prompts = {n: self.tok_encode(requests[n].args[0])[-room:] for n in numbers}
-            numbers.sort(key=lambda n: -len(prompts[n]))
-            for start in range(0, len(numbers), self._batch_size):
-                batch = numbers[start : start + self._batch_size]
-                written = self.engine.generate(
-                    [prompts[n] for n in batch],
-                    **settings | {"seed": [settings["seed"] + n for n in batch]},
-                    placement=self._placement,
-                )
-                for n, text in zip(batch, written, strict=True):
-                    texts[n] = text
-                    self.cache_hook.add_partial("generate_until", requests[n].args, text)
+        with ProgressBar(total=len(requests), desc="generating", unit=" requests") as bar:
+            for settings, room, numbers in zip(asked, rooms, groups.values(), strict=True):
+                prompts = {n: self.tok_encode(requests[n].args[0])[-room:] for n in numbers}
+                numbers.sort(key=lambda n: -len(prompts[n]))
+                for start in range(0, len(numbers), self._batch_size):
+                    batch = numbers[start : start + self._batch_size]
+                    generated = self.engine.generate(
+                        [prompts[n] for n in batch],
+                        **settings | {"seed": [settings["seed"] + n for n in batch]},
+                        placement=self._placement,
+                    )
+                    for n, text in zip(batch, generated, strict=True):
+                        texts[n] = text
+                        self.cache_hook.add_partial("generate_until", requests[n].args, text)
+                    bar.update(len(batch))
         return texts
 
     def _settings(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The harness's options for generating as those of `Engine.generate`."""
+        """Return the harness's options of generation as those of `Engine.generate`."""
         options = dict(normalize_gen_kwargs(options, self._max_gen_toks))
         settings = {
             "max_new_tokens": options.pop("max_gen_toks"),
@@ -218,7 +224,7 @@ class HarnessModel(TemplateLM):
         return settings | options
 
     def _room(self, new_tokens: int) -> int:
-        """Tokens of a prompt that fit before as many new ones."""
+        """Return the number of prompt tokens that fit before `new_tokens`."""
         config = self.engine.config.model
         room = (config.context_length - new_tokens) // config.block_length * config.block_length
         if room < 1:

@@ -16,11 +16,7 @@ from blocktx.config import UserError
 from blocktx.parallel.google_vm import is_google_vm, metadata
 
 MODES = ("auto", "on", "off")
-
-
 HEARTBEAT_TIMEOUT = 60  # seconds
-
-
 _EXIT_TOGETHER = 5  # seconds; shorter than all timeouts of `jax.distributed`
 
 

@@ -14,8 +14,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from blocktx.config import MeshConfig, ModelConfig, UserError, divisors
 
 MESH_AXES = ("data", "fsdp", "tensor")
-
-
 BATCH_AXES = ("data", "fsdp")  # shard the rows of a batch
 
 

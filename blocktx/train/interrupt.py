@@ -15,11 +15,7 @@ from blocktx.parallel import is_google_vm, metadata
 # (https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice). Live migration is
 # another value of the first, and stops nothing.
 _NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
-
-
 _STOPPING = b"stopping after this step, then saving; Ctrl-C to stop at once\n"
-
-
 _WAIT = 60  # seconds that the metadata server waits for a value to change
 
 

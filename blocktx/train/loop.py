@@ -35,7 +35,7 @@ from blocktx.train.start import (
 from blocktx.train.step import TrainState, check_run, create_state, step_config, train_step
 from blocktx.train.teacher import load_teacher
 from blocktx.train.teacher_cache import TeacherCache
-from blocktx.train.trace import StepTrace
+from blocktx.train.trace import StepTrace, require_matching_libtpu
 
 __all__ = ["TrainState", "create_state", "train", "train_step"]
 
@@ -88,9 +88,12 @@ def train(
         The run in `workdir` cannot be resumed with this `config` or these documents.
         All checkpoints in it are damaged.
         There is no space left for a checkpoint.
+        Steps are to be traced, and the installed libtpu would crash the profiler.
         The processes have different arguments or see different folders.
       FloatingPointError: loss, gradient or parameters are not finite. They are never saved.
     """
+    if profile:
+        require_matching_libtpu()
     with opened_run(config, workdir, resume, step) as (workdir, lock):
         return _train(config, workdir, lock, step, profile)
 

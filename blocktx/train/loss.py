@@ -18,8 +18,6 @@ from blocktx.model import (
 from blocktx.ops import cross_entropy_sum
 
 _TEMPERATURE = 0.07  # of the contrastive loss; the authors'
-
-
 _LEAST = jnp.finfo(jnp.float32).min
 
 

@@ -1,4 +1,4 @@
-"""The learning-rate schedule and the optimizers."""
+"""Learning-rate schedules and optimizers."""
 
 import re
 from typing import Any
@@ -12,11 +12,11 @@ _DECAYED = {"kernel": True, "embedding": True, "bias": False, "scale": False}
 
 
 def schedule(config: RunConfig) -> optax.Schedule:
-    """The learning rate of every step, as a function of the number of steps before it.
+    """Return the learning rate as a function of the step, counted from 0.
 
-    Warm-up is the straight line from `peak / (warmup_steps + 1)` at the first step (0 would waste
-    it) to the peak after `warmup_steps` steps. The decay then reaches `final_fraction * peak` at
-    `training.steps`, one step after the last one taken, so that the last one is not wasted either.
+    Warm-up is linear from `peak / (warmup_steps + 1)` to the peak at step `warmup_steps`. The decay
+    reaches `final_fraction * peak` at step `training.steps`, one after the last: neither the first
+    nor the last step has rate 0.
     """
     peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
     final = config.optimizer.final_fraction
@@ -129,12 +129,12 @@ def _muon_axes(params: optax.Params) -> optax.Params:
 
 
 def decayed(params: optax.Params) -> optax.Params:
-    """For each parameter whether weight decay applies to it: to matrices, told by their name.
+    """Return for each parameter whether weight decay applies: to matrices, by their names.
 
-    The number of axes does not tell, because stacked layers have one more.
+    The number of axes is no criterion: stacked layers have one more.
 
     Raises:
-      ValueError: on a parameter whose name says neither matrix nor vector.
+      ValueError: the name of a parameter is unknown.
     """
 
     def by_name(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""How a run gets on: a progress bar or lines, speed, use of the hardware, and time lost."""
+"""Progress of a run: loss, speed, hardware utilisation, goodput."""
 
 import contextlib
 import math
@@ -15,30 +15,32 @@ from blocktx.train.metrics import MetricsWriter
 
 
 class Progress:
-    """Reads each step's metrics while the device works on the next step, and shows them.
+    """Reads each step's metrics while the device computes the next step, and reports them.
 
-    On a terminal as a bar on stderr, elsewhere as lines on stdout; in any case they are written
-    every `log_every` steps. Only the first process shows anything.
+    On a terminal it is a bar on stderr, elsewhere lines on stdout. Every `log_every` steps the
+    metrics are also written. Only process 0 reports.
 
-    Beside what `train_step` returns it measures, since the last line: `step_seconds`,
-    `tokens_per_second`, `input_fraction` (of the time, in which the device had nothing to do but
-    to wait for data), and since the run began, pauses between restarts included, `goodput` (the
-    share of the time that went into steps, not into starting, compiling, saving or evaluating);
-    on chips whose peak is known (`blocktx.chips`) also `mfu`, the share of it that the model's
-    FLOPs reach (`blocktx.cost`; what is computed again does not count), and `peak_memory_bytes`.
+    Besides the metrics of `train_step` it measures, since the last line:
+      step_seconds, tokens_per_second.
+      input_fraction: share of the time in which the device waited for data.
+      mfu: model FLOPs per second (`blocktx.cost`, without recomputation) over the peak, on known
+        chips (`blocktx.chips`).
+      peak_memory_bytes: on devices that report it.
+    Since the run began, including pauses between restarts:
+      goodput: share of the time spent in steps, not in startup, compilation, saves or evaluation.
 
     Attributes:
-      stop: whether a process was asked to stop, according to the last metrics that were read.
+      stop: whether a process was asked to stop, according to the last metrics read.
     """
 
     def __init__(self, writer: MetricsWriter, config: RunConfig, start: int):
         self._writer, self._training, self._start = writer, config.training, start
         self.stop = False
-        self._chief = jax.process_index() == 0
-        hidden = None if self._chief else True  # None: where there is no terminal
+        self._is_primary = jax.process_index() == 0
+        hidden = None if self._is_primary else True  # None: hidden without a terminal
         self._bar = tqdm(total=self._training.steps, initial=start, unit=" steps", disable=hidden)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._since: float | None = None  # since when tokens are counted, if they are
+        self._since: float | None = None  # start of the measured interval
         self._until, self._tokens, self._steps, self._waited = 0.0, 0, 0, 0.0
         self._began, self._productive = writer.began, writer.productive
         chip = find_chip(jax.devices()[0].device_kind)
@@ -53,28 +55,27 @@ class Progress:
 
     @contextlib.contextmanager
     def input(self) -> Iterator[None]:
-        """Around what makes the next batch ready."""
+        """Time the block that prepares the next batch."""
         begin = time.perf_counter()
         yield
-        # What the device did not notice, because it was still busy, is not lost.
+        # Only count input time during which the device was idle.
         if self._since is not None and self._pending[1]["loss"].is_ready():
             self._waited += time.perf_counter() - begin
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Keeps the metrics of `train_step` for later, and reads those of the step before.
+        """Keep the metrics of `train_step`, and read those of the step before.
 
         Raises:
-          FloatingPointError: if that step's loss or gradient is not finite.
+          FloatingPointError: loss or gradient of the step before are not finite.
         """
         pending, self._pending = self._pending, (step, metrics)
         if pending is not None:
             self._read(*pending)
 
     def flush(self) -> None:
-        """Reads all metrics, as `add`. What is done before the next step is not timed."""
+        """Read all metrics, as `add`. The time until the next step is not measured."""
         if self._pending is not None:
-            # Others are timed when the next step is under way; without a next one, tokens are not
-            # comparable with times.
+            # A step is timed when the next one has been dispatched. Here is no next one.
             self._read(*self._pending, timed=False)
         self._pending = None
         self._reset(None)
@@ -83,7 +84,8 @@ class Progress:
         self._since, self._tokens, self._steps, self._waited = since, 0, 0, 0.0
 
     def _read(self, step: int, metrics: dict[str, jax.Array], timed: bool = True) -> None:
-        values = {name: value.item() for name, value in metrics.items()}  # waits for the step
+        # Reading blocks until the step is complete.
+        values = {name: value.item() for name, value in metrics.items()}
         tokens = values.pop("tokens")
         self.stop = values.pop("stop", False)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -112,7 +114,7 @@ class Progress:
         if step in ends or step % self._training.log_every == 0:
             self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
             self._reset(self._until if timed else None)
-            if self._chief and self._bar.disable:
+            if self._is_primary and self._bar.disable:
                 print(f"step={step} {shown}", flush=True)
 
     def _measured(self) -> dict[str, float]:

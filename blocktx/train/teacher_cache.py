@@ -17,18 +17,21 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from blocktx.checkpoint import load_config
 from blocktx.config import RunConfig, UserError, to_dict
 from blocktx.data import Corpus, prepare, training_batches
 from blocktx.files import absolute, run_folder, write_atomic
 from blocktx.parallel import HostRows, batch_sharding, create_mesh
+from blocktx.progress_bar import ProgressBar
 from blocktx.train.distill import top_log_probs
 from blocktx.train.step import check_run
 from blocktx.train.teacher import load_teacher
 
 _MANIFEST = "manifest.json"
+
+# Fields of a model that choose how it is computed.
+_EXECUTION = ("param_dtype", "compute_dtype", "scan_layers", "remat", "platform", "formulations")
 
 
 class TeacherCache:
@@ -120,7 +123,7 @@ def write_cache(config: RunConfig, folder: epath.PathLike, top_k: int) -> epath.
     token_dtype = np.uint16 if model.vocab_size <= 2**16 else np.int32
     top = jax.jit(top_log_probs, static_argnums=(3, 4))
     with jax.set_mesh(mesh):
-        for step in tqdm(range(config.training.steps), unit=" steps", disable=None):
+        for step in ProgressBar(range(config.training.steps), unit=" steps"):
             batch, path = next(batches), _file(folder, step)
             if not path.exists():
                 placed = host_rows.place(batch)
@@ -160,7 +163,7 @@ def _key(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """Return what the batches and the teacher's probabilities depend on, by field."""
     _, step, teacher = load_config(config.distill.teacher)
     described = to_dict(teacher)["model"]
-    for execution in ("param_dtype", "compute_dtype", "remat", "platform", "scan_layers"):
+    for execution in _EXECUTION:
         del described[execution]
     return {
         "config.model.context_length": config.model.context_length,

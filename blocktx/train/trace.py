@@ -16,14 +16,9 @@ class StepTrace:
     """Traces `steps`, and writes to `folder` after the last one or on leaving the `with` block.
 
     With several processes each has a folder in it: those on one host have the same file names.
-
-    Raises:
-      UserError: there are steps to trace, and the installed libtpu would crash the profiler.
     """
 
     def __init__(self, folder: epath.Path, steps: range):
-        if steps:
-            require_matching_libtpu()
         several = jax.process_count() > 1
         self._folder = folder / f"process_{jax.process_index()}" if several else folder
         self._steps = steps

@@ -12,7 +12,8 @@ import pytest
 
 from blocktx import cost
 from blocktx.benchmark import machine
-from blocktx.benchmark.measure import Candidate, Result
+from blocktx.benchmark.candidates import Candidate, random_model, with_room
+from blocktx.benchmark.measure import Result
 from blocktx.benchmark.report import plot, table, write_json
 from blocktx.command_line import read_config
 from blocktx.config.model import BlockConfig, StackConfig
@@ -27,8 +28,8 @@ MACHINE = machine.MeasuredPeaks("a device", flops_per_second=1e9, bytes_per_seco
 
 @pytest.fixture(scope="module")
 def candidate():
-    config = benchmark.with_room(CONFIG, 128)
-    return Candidate("tiny", *benchmark.random_model(config))
+    config = with_room(CONFIG, 128)
+    return Candidate("tiny", *random_model(config))
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,10 @@ def test_roofline_is_the_longer_time():
 
 
 def test_room_for_prompt_and_answer():
-    config = benchmark.with_room(CONFIG, 33, "bfloat16")
+    config = with_room(CONFIG, 33, "bfloat16")
     assert (config.context_length, config.compute_dtype) == (36, "bfloat16")
     assert config.param_dtype == "bfloat16"
-    assert benchmark.with_room(CONFIG, 20).context_length == 32
+    assert with_room(CONFIG, 20).context_length == 32
 
 
 def test_largest_batch_is_the_last_that_fits(candidate, monkeypatch):
@@ -132,8 +133,8 @@ def test_memory_of_a_row_is_that_of_its_cache_and_logits():
     # several layers of many slots.
     stack = StackConfig(4, width=64, heads=8)
     config = dataclasses.replace(CONFIG, block_decoder=stack, vocab_size=16)
-    config = benchmark.with_room(config, 1024 + 64)
-    wide = Candidate("wide", *benchmark.random_model(config))
+    config = with_room(config, 1024 + 64)
+    wide = Candidate("wide", *random_model(config))
     shape = (1024, 64)
     few, many = (benchmark.program_bytes(wide, rows, *shape) for rows in (256, 512))
     counted = benchmark.counted_bytes(config, *shape) + 4 * sum(shape)  # and tokens
@@ -142,8 +143,8 @@ def test_memory_of_a_row_is_that_of_its_cache_and_logits():
 
 @pytest.mark.slow
 def test_memory_of_a_row_at_full_size():
-    config = benchmark.with_room(read_config(f"{PAPER}:block_170m").model, 2176, "float32")
-    candidate = Candidate("block_170m", *benchmark.random_model(config))
+    config = with_room(read_config(f"{PAPER}:block_170m").model, 2176, "float32")
+    candidate = Candidate("block_170m", *random_model(config))
     few, many = (benchmark.program_bytes(candidate, rows, 2048, 128) for rows in (32, 64))
     counted = benchmark.counted_bytes(config, 2048, 128)
     assert (many - few) / 32 == pytest.approx(counted, rel=0.05)

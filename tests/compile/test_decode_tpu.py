@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from blocktx import cost
-from blocktx.benchmark.measure import with_room
+from blocktx.benchmark.candidates import with_room
 from blocktx.command_line import read_config
 from blocktx.model.build import build, init_params
 

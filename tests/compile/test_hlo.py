@@ -9,9 +9,10 @@ import pytest
 
 from blocktx import cost
 from blocktx.chips import CHIPS
-from blocktx.compile.hlo import Program, Shape
+from blocktx.compile.hlo import Program
 from blocktx.compile.hlo_collectives import collectives
 from blocktx.compile.hlo_cost import cycles, flops, hbm_bytes
+from blocktx.compile.hlo_operations import Shape
 from blocktx.config.run import RunConfig, TrainingConfig
 from blocktx.model.build import build
 from blocktx.train.step import create_state, train_step

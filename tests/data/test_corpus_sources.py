@@ -53,6 +53,7 @@ def test_several_sources(config, tmp_path, tokenizer, weights):
         assert documents.text_bytes == sum(len(texts[i]) for i in (0, 1, 3, 4))
     held = [texts[i] for texts in TEXTS.values() for i in (2, 5)]
     assert texts_of(data.heldout, tokenizer) == held
+    assert [tokenizer.decode(data.heldout[i].tolist()) for i in range(-6, 6)] == held * 2
     assert data.heldout.text_bytes == sum(map(len, held))
     amounts = [float(w) for w in weights if w] or [d.token_count for d in data.train.documents]
     assert data.train.weights == pytest.approx([a / sum(amounts) for a in amounts])

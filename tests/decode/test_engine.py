@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import blocktx
-from blocktx.benchmark.measure import equal_vanilla
+from blocktx.benchmark.candidates import equal_vanilla
 from blocktx.config.model import BlockConfig, StackConfig
 from blocktx.cost import count_params
 from blocktx.data.tokenizer import Tokenizer

@@ -61,7 +61,7 @@ def written() -> dict[str, dict[str, tuple[str, str, str]]]:
     for line in README.read_text().splitlines():
         if heading := re.match(r"## .*`(\w+)`$", line):
             current = found.setdefault(heading[1], {})
-        elif row := re.match(r"\| `(\w+)` \| (.*?) \| (.*?) \| (.*) \|$", line):
+        elif row := re.match(r"\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) ?\|$", line):
             current[row[1]] = (row[2], row[3], row[4].strip())
     return found
 

@@ -132,7 +132,7 @@ def test_setup_copies_this_commit_to_every_worker(programs):
     describe, scp, ssh = programs.calls()
     queue = ["gcloud", "compute", "tpus", "queued-resources"]
     assert describe == [*queue, "describe", "p", ZONE, "--format=value(state.state)"]
-    archive = pathlib.Path(programs.env["TMPDIR"]) / "blocktx-p.tar.gz"
+    (archive,) = pathlib.Path(programs.env["TMPDIR"]).glob("blocktx.*/blocktx-p.tar.gz")
     everywhere = [ZONE, "--node=all", "--worker=all"]
     assert scp == [*queue, "scp", str(archive), "p:blocktx.tar.gz", *everywhere]
     assert ssh[:-1] == [*queue, "ssh", "p", *everywhere]

@@ -14,10 +14,15 @@ import pytest
 
 import blocktx.evaluate.heldout as evaluation
 import blocktx.train.loop as module
+import blocktx.train.start as start
 from blocktx.checkpoint.params import load_params
+from blocktx.config.errors import UserError
+from blocktx.config.model import EmbedderConfig, EncoderConfig
 from blocktx.data.tokenizer import Tokenizer
+from blocktx.model.build import build
 from blocktx.train.loop import train
 from blocktx.train.metrics import read
+from blocktx.train.step import create_state
 from tests.helpers.tiny_run import MODEL, run_config
 
 
@@ -243,7 +248,7 @@ def test_resume_when_documents_have_changed(finished, tmp_path):
 
 
 def test_mistake_is_found_before_data_are_prepared(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("prepares"))
+    monkeypatch.setattr(start, "prepare", lambda *_: pytest.fail("prepares"))
     config = run_config(data)
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=f"cannot make {tmp_path}/file"):
@@ -263,6 +268,103 @@ def test_resume_when_the_corpus_gives_another_tokenizer(finished, tmp_path):
     other.save(tmp_path / "run" / "tokenizer.json")
     with pytest.raises(ValueError, match=r"tokenizer\.json: the run was trained with another"):
         train(config, tmp_path / "run", resume=True)
+
+
+def test_killed_during_the_last_evaluation(finished, tmp_path):
+    """The same command writes what is missing: the evaluation and the plot."""
+    config, workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "loss.png").unlink()
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    train(config, tmp_path / "run", resume=True)
+    last, wanted = read(tmp_path / "run")[-1], json.loads(lines[-1])
+    assert (last.pop("time"), last)[1] == (wanted.pop("time"), wanted)[1]
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
+def test_the_same_texts_at_another_path(finished, tmp_path):
+    config, workdir, wanted = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    shutil.copytree(config.data.source, tmp_path / "moved")
+    moved = dataclasses.replace(
+        config.data, source=str(tmp_path / "moved"), cache_dir=str(tmp_path / "cache")
+    )
+    state = train(dataclasses.replace(config, data=moved), tmp_path / "run", resume=True)
+    assert_same(state.params, wanted.params)
+
+
+def test_a_chosen_step(finished, tmp_path):
+    config, workdir, wanted = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    state = train(config, tmp_path / "run", resume=True, step=2)
+    assert_same((state.params, state.opt_state), (wanted.params, wanted.opt_state))
+    assert [path.name[:2] for path in (tmp_path / "run" / "set_aside").iterdir()] == ["4-"]
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 3; 2, 4"):
+        train(config, tmp_path / "run", resume=True, step=3)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 3; there is none"):
+        train(config, tmp_path / "new", resume=True, step=3)
+    assert not (tmp_path / "new").exists()
+
+
+def test_seeds_that_differ_in_their_high_bits_are_different_runs(data):
+    module_ = build(MODEL)
+
+    def params(seed):
+        config = dataclasses.replace(run_config(data), seed=seed)
+        return create_state(config, module_).params["embedder"]["tokens"]["embedding"]
+
+    assert (params(0) != params(2**32)).any()
+    assert (params(0) == params(0)).all()
+
+
+def test_tokens_outside_the_vocabulary_are_refused(finished, tmp_path, monkeypatch):
+    config, _, _ = finished
+    batches = module.training_batches
+
+    def wrong(*args):
+        iterator = batches(*args)
+
+        class Wrong:
+            get_state = iterator.get_state
+
+            def __next__(self):
+                rows = next(iterator)
+                rows["tokens"][0, 0, 0] = MODEL.vocab_size
+                return rows
+
+        return Wrong()
+
+    monkeypatch.setattr(module, "training_batches", wrong)
+    with pytest.raises(UserError, match=r"token id 300 is outside the vocabulary .*cache_dir"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(kind="encoder", encoder=dict(pad_id=2)), r"encoder\.pad_id: got 2, .* use 1$"),
+        (dict(kind="cls", encoder=dict(cls_id=66)), r"encoder\.cls_id: 66 is the token of the te"),
+    ],
+)
+def test_ids_that_are_not_the_tokenizers(fields, message, data, tmp_path):
+    encoder = EncoderConfig(layers=1, width=32, heads=4, **fields.pop("encoder"))
+    embedder = EmbedderConfig(encoder=encoder, **fields)
+    model = dataclasses.replace(MODEL, embedder=embedder)
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(run_config(data), model=model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_space_for_the_tokenized_documents(finished, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(start, "prepare", full)
+    with pytest.raises(UserError, match=r"config\.data\.cache_dir: no space left in "):
+        train(finished[0], tmp_path / "run")
 
 
 def test_failure_to_read_data_leaves_no_run_behind(data, tmp_path):

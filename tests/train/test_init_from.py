@@ -117,7 +117,7 @@ def test_new_tokenizer_cannot_be_the_one_that_the_parameters_know(
         ValueError, match=r"no .*without/tokenizer.json, .*data.tokenizer=\.\.\.$"
     )
     with monkeypatch.context() as patched, refused:
-        patched.setattr(module, "prepare", None)  # before the corpus is tokenised
+        patched.setattr(module, "prepare_corpus", None)  # before the corpus is tokenised
         train(config, "run")
     assert not pathlib.Path("run").exists()
     given = dataclasses.replace(data, tokenizer=str(first_run[0] / "tokenizer.json"))

@@ -8,6 +8,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import blocktx.train.metrics as module
 from blocktx.train.loss_plot import plot_loss
 from blocktx.train.metrics import MetricsWriter, read
 
@@ -91,3 +92,49 @@ def test_nothing_to_plot(tmp_path):
         writer.write(1, {"other": 1.0})
     with pytest.raises(ValueError, match=r"metrics\.jsonl: no loss"):
         plot_loss(tmp_path)
+
+
+class Full:
+    """A file on a disk without space."""
+
+    def __init__(self, *_):
+        pass
+
+    def write(self, *_):
+        raise OSError(28, "No space left on device")
+
+    write_event = flush = close = write
+
+
+def test_a_full_disk_is_a_warning_and_nothing_is_lost(tmp_path, monkeypatch, capsys):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"train/loss": 3.0})
+        writer._log._file.close()
+        writer._log._file = Full()
+        writer.write(2, {"train/loss": 2.0})  # fails
+        writer.write(3, {"train/loss": 1.0})
+        writer.flush()
+        assert [line["step"] for line in read(tmp_path)] == [1]
+    assert [line["step"] for line in read(tmp_path)] == [1, 2, 3]
+    assert "warning: " in (err := capsys.readouterr().err)
+    assert "metrics.jsonl: cannot be written: [Errno 28]" in err
+
+
+def test_a_full_disk_under_tensorboard_blocks_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "EventsWriter", Full)
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 50):  # more than the queue of tensorboardX holds
+            writer.write(step, {"train/loss": 1.0})
+    assert len(read(tmp_path)) == 49
+    assert capsys.readouterr().err.count("tensorboard: cannot be written") == 1
+
+
+def test_a_bucket_that_does_not_answer_is_a_warning(tmp_path, monkeypatch, capsys):
+    def failing(*_):
+        raise ConnectionError("reset")
+
+    with MetricsWriter(tmp_path) as writer:
+        monkeypatch.setattr(module.AppendLog, "flush", failing)
+        writer.write(1, {"train/loss": 1.0})
+        writer.flush()
+    assert "cannot be written: reset" in capsys.readouterr().err

@@ -8,7 +8,9 @@ import sys
 import jax
 import pytest
 
+import blocktx.train.trace as trace
 from blocktx.config.conversion import to_dict
+from blocktx.config.errors import UserError
 from blocktx.train.trace import StepTrace
 
 
@@ -35,14 +37,26 @@ def test_traced_steps(taken, traced, tmp_path, monkeypatch):
 
     monkeypatch.setattr(jax.profiler, "start_trace", start)
     monkeypatch.setattr(jax.profiler, "stop_trace", stop)
-    with StepTrace(tmp_path / "profile", range(3, 5)) as trace:
+    with StepTrace(tmp_path / "profile", range(3, 5)) as tracing:
         for step in taken:
-            trace.before(step, None)
+            tracing.before(step, None)
             if steps and not (tmp_path / "profile").exists():
                 steps[-1].append(step)
     assert steps == ([list(traced)] if traced else [])
     written = tmp_path / "profile" / "trace"
     assert (written.read_text() == str(list(traced))) if traced else not written.exists()
+
+
+def test_a_libtpu_that_crashes_the_profiler_is_refused(monkeypatch):
+    versions = {"libtpu": "0.0.52", "jax": "0.10.2"}
+    monkeypatch.setattr(trace.importlib.metadata, "version", versions.__getitem__)
+    needed = ["ml_dtypes>=0.5", 'libtpu==0.0.42.*; extra == "tpu"']
+    monkeypatch.setattr(trace.importlib.metadata, "requires", lambda _: needed)
+    monkeypatch.setattr(jax.config, "jax_platforms", None)
+    with pytest.raises(UserError, match=r"libtpu 0\.0\.52 is installed, and jax .* needs 0\.0\.42"):
+        trace.require_matching_libtpu()
+    versions["libtpu"] = "0.0.42.1"
+    trace.require_matching_libtpu()
 
 
 def test_a_run_writes_its_trace(finished, tmp_path):

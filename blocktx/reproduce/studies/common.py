@@ -7,8 +7,6 @@ from blocktx.reproduce.scale import Base, with_steps
 from blocktx.reproduce.study import Chart, Run, Series, Speed
 
 RATIOS = [(5, 1), (2, 1), (1, 1), (1, 2), (1, 5)]  # of layers in block and token decoder
-
-
 LOSS = "held-out loss (nats per token)"
 
 

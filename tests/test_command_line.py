@@ -1,0 +1,86 @@
+"""Exit codes: what a person must look at, and what is tried again."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import flags
+
+from blocktx import command_line
+from blocktx.checkpoint.errors import DamagedError
+from blocktx.config.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def code_of(error, monkeypatch, **settings):
+    """Return the exit code of a program that raises `error`."""
+
+    def main():
+        raise error
+
+    ran = []
+    monkeypatch.setattr(command_line.app, "run", lambda checked, **_: ran.append(checked))
+    command_line.run(main, required=(), **settings)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    with pytest.raises(SystemExit) as ended:
+        ran[0](["test"])
+    return ended.value.code
+
+
+TRANSIENT = [
+    ConnectionResetError("reset"),
+    OSError(5, "Input/output error"),
+    TimeoutError("timed out"),
+    ValueError("UNAVAILABLE: no answer of the bucket"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    RuntimeError("a bug"),
+]
+FOR_A_PERSON = [
+    UserError("config.x"),
+    DamagedError("checkpoints/3"),
+    FileNotFoundError("no source"),
+    PermissionError("forbidden"),
+    FloatingPointError("the loss is nan"),
+    OSError(28, "No space left on device"),
+    ValueError("Error writing: No space left on device"),
+]
+
+
+@pytest.mark.parametrize("error", TRANSIENT, ids=repr)
+def test_another_try_may_do(error, monkeypatch, capsys):
+    assert code_of(error, monkeypatch, restarted=True) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", FOR_A_PERSON, ids=repr)
+def test_a_person_must_look(error, monkeypatch, capsys):
+    assert code_of(error, monkeypatch, restarted=True) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {error}"
+
+
+def test_ctrl_c_and_programs_that_are_not_restarted(monkeypatch, capsys):
+    assert code_of(KeyboardInterrupt(), monkeypatch) == 130
+    assert code_of(ValueError("prompt: is empty"), monkeypatch) == 1
+    assert capsys.readouterr().err.endswith("error: prompt: is empty\n")
+
+
+def launch(*arguments):
+    command = [sys.executable, "launch/train.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_config_after_a_space_and_flags_of_jax(tmp_path):
+    """Reaches the check of a field, so the file was read; the flag of JAX is known."""
+    done = launch(
+        "--config", "configs/quickstart.py", "--jax_debug_nans", f"--workdir={tmp_path}/run",
+        "--config.training.steps=0",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: config.training.steps: got 0, must be greater than 0" in done.stderr
+    done = launch("--config", "nowhere.py", f"--workdir={tmp_path}/run")
+    assert (done.returncode, done.stderr) == (2, "error: --config: there is no file 'nowhere.py'\n")
