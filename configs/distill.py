@@ -15,8 +15,8 @@ and for distill.json and distill.png beside this file
 
     python configs/distill.py runs/distill
 
-Held-out loss in nats a token (and bits a byte), 1 of 2 shared CPU cores, 2026-11-28, GPT-NeoX at half
-the width of the quick start; distill.json has the values:
+Held-out loss in nats a token (and bits a byte), GPT-NeoX at half the width of the quick start, on
+one shared CPU core, 2026-11-28; distill.json has the values:
 
     seed                       0              1              2
     source, 560 steps      4.416 (1.768)  4.395 (1.760)  4.390 (1.758)
