@@ -70,4 +70,5 @@ def test_no_space_for_tensorboard(tmp_path):
         code, err = launch(tmp_path, workdir)
         assert code == 0, err
         assert f"warning: {workdir}/tensorboard: cannot be written" in err
-        assert [line["step"] for line in read(workdir) if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+        steps = [line["step"] for line in read(workdir) if "train/loss" in line]
+        assert steps == [1, 2, 3, 4, 5, 6]
