@@ -48,7 +48,7 @@ class DoesNotFit(ValueError):
 
 
 def compile_train_step(config: RunConfig, topology: Topology) -> Report:
-    """Compile the training step of `config` for all chips of `topology`; of distillation its last stage.
+    """Compile the training step of `config` for all chips; of distillation, its last stage.
 
     Raises:
       DoesNotFit: the compiler says so, or the bytes do.

@@ -62,7 +62,7 @@ class Operation:
         )
 
     def number(self, name: str) -> int | None:
-        """Return a number of the backend's configuration: `"name":"5"`, `"name":5` or `{"n":"5"}`."""
+        """Return a number of the backend config: `"name":"5"`, `"name":5` or `{"n":"5"}`."""
         match = re.search(rf'"{name}":(?:\{{"n":)?"?(\d+)', self.attributes)
         return int(match[1]) if match else None
 
