@@ -229,14 +229,16 @@ def _stack(
     size, width = _itemsize(config), stack.width
     wide, narrow, hidden = stack.query_width, stack.kv_width, stack.mlp_size
     rows = sequences * queries
-    up = 2 * hidden if stack.mlp == "swiglu" else hidden
+    # One product for queries, keys and values, unless the queries are grouped.
+    projected = [3 * wide] if wide == narrow else [wide, 2 * narrow]
+    projected += [hidden] * (2 if stack.mlp == "swiglu" else 1)
     layer = (
-        _product(rows, width, wide + 2 * narrow, size)
-        + _attend(sequences, queries, slots, wide, narrow, size)
+        _attend(sequences, queries, slots, wide, narrow, size)
         + _product(rows, wide, width, size)
-        + _product(rows, width, up, size)
         + _product(rows, hidden, width, size)
     )
+    for outputs in projected:
+        layer += _product(rows, width, outputs, size)
     if memory:
         layer += (
             _product(rows, width, wide, size)

@@ -15,7 +15,7 @@ from blocktx.config import RunConfig, StackConfig, VanillaConfig
 from blocktx.convert import load_official, save_folder, to_hf
 from blocktx.data.tokenizer import Tokenizer
 from blocktx.model import build
-from tests.helpers import golden, golden_hf, tokenizers
+from tests.helpers import golden, hf_models, tokenizers
 from tests.helpers.random_weights import random_params
 
 
@@ -51,7 +51,7 @@ def test_there_and_back(convert, capsys, tmp_path, name, case):
 def test_a_tokenizer_that_does_not_fit_is_an_error_and_nothing_is_written(
     convert, capsys, tmp_path
 ):
-    source = golden_hf.copy("llama", tmp_path / "source")
+    source = hf_models.copy("llama", tmp_path / "source")
     words = Tokenizer.train(["a b"], 97, "<|endoftext|>", "<|padding|>")
     words.save(source / "tokenizer.json")  # 258 tokens: the bytes and two special ones
     unfit = source / "tokenizer.json"
@@ -59,13 +59,13 @@ def test_a_tokenizer_that_does_not_fit_is_an_error_and_nothing_is_written(
     too_many = f"--tokenizer: {unfit} has 258 tokens, more than the 97 of the model"
     assert f"{too_many}\n" in error(convert, capsys, *command, f"--tokenizer={unfit}")
     assert f"{too_many}; --tokenizer=none leaves it out" in error(convert, capsys, *command)
-    golden_hf.edit_config(source, hidden_act="relu")
+    hf_models.edit_config(source, hidden_act="relu")
     (source / "tokenizer.json").write_text("{}")
     message = error(convert, capsys, *command)
     assert f"--tokenizer: {unfit} is not a tokenizer.json" in message
     assert "config.json: hidden_act: got 'relu'" in message
     assert not (tmp_path / "a").exists()
-    golden_hf.edit_config(source, hidden_act="silu")
+    hf_models.edit_config(source, hidden_act="silu")
     convert(*command, "--tokenizer=none")
     assert not (tmp_path / "a" / "tokenizer.json").exists()
 
@@ -146,12 +146,12 @@ def test_uptraining_of_a_converted_model(convert, capsys, small, tmp_path, metho
 
 
 def test_weights_that_are_not_finite_need_a_flag(convert, capsys, tmp_path):
-    source = golden_hf.copy("llama_gqa", tmp_path / "source")
+    source = hf_models.copy("llama_gqa", tmp_path / "source")
 
     def change(tensors):
         tensors["model.norm.weight"][3] = np.nan
 
-    golden_hf.edit_tensors(source, change)
+    hf_models.edit_tensors(source, change)
     command = ("hf", f"--checkpoint={source}", f"--output={tmp_path}/run")
     message = error(convert, capsys, *command)
     assert "model.norm.weight: 1 values are NaN or infinite" in message
