@@ -68,7 +68,8 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
                 fail(str(error), code=1)
             fail(traceback.format_exc(), code=70)
 
-    jax.config.config_with_absl()  # --jax_debug_nans and the like
+    if "jax_debug_nans" not in flags.FLAGS:
+        jax.config.config_with_absl()  # flags of JAX, such as --jax_debug_nans
     app.run(checked, flags_parser=_parse)
 
 

@@ -56,6 +56,9 @@ def count_params(config: ModelConfig) -> Parameters:
     rows, row_width = config.embedder_rows
     if config.embedder_projects:
         inner += _linear_params(rows * row_width, config.context_width)
+    if config.embedder.kind == "mean_mlp":
+        hidden = rows * row_width
+        inner += _linear_params(hidden, hidden) + _linear_params(hidden, row_width)
     tables += config.vocab_size * (row_width + config.token_decoder.width)
     if config.embedder.kind in ("encoder", "cls"):
         inner += _encoder_params(config.embedder.encoder)
@@ -169,7 +172,12 @@ def _linear_params(inputs: int, outputs: int, bias: bool = True) -> int:
 
 
 def _stack_params(stack: StackConfig, *, cross: bool = False) -> int:
-    """Return the parameters of layers, of two or with `cross` three norms, and one more norm."""
+    """Return the parameters of layers, of two or with `cross` three norms, and one more norm.
+
+    A stack without layers has no norm.
+    """
+    if stack.layers == 0:
+        return 0
     width, queries, hidden = stack.width, stack.query_width, stack.mlp_size
     projections = 3 if stack.mlp == "swiglu" else 2
     mlp = projections * width * hidden + stack.mlp_bias * ((projections - 1) * hidden + width)
@@ -221,14 +229,16 @@ def _stack(
     size, width = _itemsize(config), stack.width
     wide, narrow, hidden = stack.query_width, stack.kv_width, stack.mlp_size
     rows = sequences * queries
-    up = 2 * hidden if stack.mlp == "swiglu" else hidden
+    # One product for queries, keys and values, unless the queries are grouped.
+    projected = [3 * wide] if wide == narrow else [wide, 2 * narrow]
+    projected += [hidden] * (2 if stack.mlp == "swiglu" else 1)
     layer = (
-        _product(rows, width, wide + 2 * narrow, size)
-        + _attend(sequences, queries, slots, wide, narrow, size)
+        _attend(sequences, queries, slots, wide, narrow, size)
         + _product(rows, wide, width, size)
-        + _product(rows, width, up, size)
         + _product(rows, hidden, width, size)
     )
+    for outputs in projected:
+        layer += _product(rows, width, outputs, size)
     if memory:
         layer += (
             _product(rows, width, wide, size)
@@ -254,6 +264,9 @@ def _embed(config: ModelConfig, blocks: int) -> Cost:
         cost += _stack(config, StackConfig(*sizes, rotary_fraction=0.0), blocks, tokens, tokens)
     if config.embedder_projects:
         cost += _product(blocks, rows * row_width, config.context_width, _itemsize(config))
+    if config.embedder.kind == "mean_mlp":
+        hidden, size = rows * row_width, _itemsize(config)
+        cost += _product(blocks, hidden, hidden, size) + _product(blocks, hidden, row_width, size)
     return cost
 
 

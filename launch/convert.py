@@ -79,7 +79,13 @@ def _import(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(problems))
     data = _data(given.data if given else DataConfig(), tokenizer)
     config = RunConfig(model=model.config, data=data)
-    save_params(args.output, config, params, tokenizer=file if tokenizer else None)
+    save_params(
+        args.output,
+        config,
+        params,
+        tokenizer=file if tokenizer else None,
+        allow_nonfinite=args.allow_nonfinite,
+    )
     _report(model, args.output)
     if tokenizer:
         _print_generate(args.output)
@@ -90,7 +96,7 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     """Run to-official and to-hf: a run or checkpoint -> files of other code."""
     check_new(args.output)
-    run = load_params(args.checkpoint)
+    run = load_params(args.checkpoint, allow_nonfinite=args.allow_nonfinite)
     model = build(run.config.model)
     official = args.command == "to-official"
     convert = blocktx.convert.to_official if official else blocktx.convert.to_hf
@@ -361,7 +367,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        nonfinite = "NaN or infinite" in str(error)
+        _fail(str(error) + "\n--allow-nonfinite accepts such weights" * nonfinite)
 
 
 def _with_dashes(arg: str) -> str:

@@ -17,16 +17,15 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from blocktx import command_line, plotting
+from blocktx.progress_bar import ProgressBar
 
 _URL = flags.DEFINE_string("url", "http://127.0.0.1:8000/v1", "The API's base address.")
 _MODEL = flags.DEFINE_string("model", None, "Model to ask for. Default: the server's first.")
@@ -143,12 +142,11 @@ async def run(load: float, poisson: bool) -> tuple[list[Outcome], float]:
     free = asyncio.Semaphore(len(bodies) if poisson else int(load))
     rng = np.random.default_rng(_SEED.value)
     delays = rng.exponential(1 / load, len(bodies)).cumsum() if poisson else np.zeros(len(bodies))
-    seconds = 0.1 if sys.stderr.isatty() else 5
     async with httpx.AsyncClient(
         base_url=_URL.value.rstrip("/"), timeout=_TIMEOUT.value, limits=limits
     ) as client:
         begin = time.perf_counter()
-        with tqdm(total=len(bodies), unit=" requests", mininterval=seconds) as bar:
+        with ProgressBar(total=len(bodies), desc="load", unit=" requests") as bar:
 
             async def one(body: dict[str, Any], delay: float) -> Outcome:
                 await asyncio.sleep(max(0, delay - (time.perf_counter() - begin)))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Cloud TPU VM pods, from a request in the queue to a run that saves itself, and back to nothing.
+# Training on Cloud TPU VM pods: request, set up, train, delete.
 set -euo pipefail
 
 usage() {
@@ -33,9 +33,14 @@ Example:
   launch/tpu_pod.sh create my-pod --zone=us-west4-a --accelerator_type=v5litepod-16 --spot
   launch/tpu_pod.sh setup my-pod --zone=us-west4-a
   launch/tpu_pod.sh start my-pod --zone=us-west4-a -- \
-      --config=configs/paper.py:block_170m --workdir=gs://my-bucket/block_170m
+      --config=configs/paper.py:block_170m --workdir=gs://my-bucket/block_170m \
+      --config.data.source=gs://my-bucket/corpus
 
-Needs gcloud (https://cloud.google.com/sdk). A worker keeps the run in ~/blocktx: run.log, run.pid.
+Every worker reads the data itself: give a folder in a bucket, or package:NAME.
+
+Needs gcloud (https://cloud.google.com/sdk) after `gcloud auth login`, a quota for the TPUs, and for
+the service account of the TPU VMs the role storage.objectAdmin on the bucket. A worker keeps the
+run in ~/blocktx: run.log, run.pid.
 USAGE
 }
 

@@ -24,7 +24,7 @@ IMPORTS: dict[str, str] = {
     "ops": "config parallel",
     "model": "config parallel ops",
     "checkpoint": "config files data model",
-    "decode": "config parallel data model checkpoint",
+    "decode": "config progress_bar parallel data model checkpoint",
     "evaluate": "config plotting progress_bar files parallel data model decode",
     "train": "config plotting progress_bar files chips cost parallel data ops model checkpoint "
     "decode evaluate",

@@ -35,7 +35,9 @@ def equal_vanilla(config: BlockConfig) -> VanillaConfig:
             initializer_range=config.initializer_range,
             param_dtype=config.param_dtype,
             compute_dtype=config.compute_dtype,
+            tied_classifier=config.tied_classifier,
             platform=config.platform,
+            formulations=config.formulations,
             decoder=dataclasses.replace(config.block_decoder, layers=layers),
         )
 

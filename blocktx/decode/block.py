@@ -110,7 +110,8 @@ def draw_block(
     ended_B = rows.ended_B | stopped_B
     if block_length > 1:  # the vanilla model has no token step
         carry = (first[0], end_B, ended_B, token_cache)
-        (_, end_B, ended_B, _), rest = jax.lax.scan(step, carry, jnp.arange(1, block_length))
+        index_J = jnp.arange(1, block_length, dtype=jnp.int32)
+        (_, end_B, ended_B, _), rest = jax.lax.scan(step, carry, index_J)
         chosen = jax.tree.map(lambda x_1xB, x_JxB: jnp.concatenate([x_1xB, x_JxB]), chosen, rest)
     tokens_BxK, scores = jax.tree.map(lambda x_KxB: x_KxB.swapaxes(0, 1), chosen)
     unfinished_B = ~rows.finished_B(block_length)

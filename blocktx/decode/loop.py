@@ -63,7 +63,7 @@ def prefill(
         slot=jnp.int32(blocks),
         visible_BxS=jnp.arange(prompts.cache_blocks) < prompts.length_B[:, None] - 1,
         tokens_BxSxK=tokens_BxSxK,
-        logprobs_BxSxK=jnp.zeros(tokens_BxSxK.shape) if return_logprobs else None,
+        logprobs_BxSxK=jnp.zeros(tokens_BxSxK.shape, jnp.float32) if return_logprobs else None,
         rows=Rows.of(prompts),
     )
 

@@ -172,9 +172,9 @@ def decode_rows(
             return own_B, *ids_and_values
 
         nothing = (
-            jnp.zeros(batch),
+            jnp.zeros(batch, jnp.float32),
             jnp.zeros((batch, top), jnp.int32),
-            jnp.zeros((batch, top)),
+            jnp.zeros((batch, top), jnp.float32),
         )
         return jax.lax.cond(score > 0, measured, lambda *_: nothing, logits_BxV, token_B)
 
@@ -216,9 +216,9 @@ def decode_rows(
     shape = (batch, most_blocks, block_length)
     outputs = (
         jnp.zeros(shape, jnp.int32),
-        jnp.zeros(shape),
+        jnp.zeros(shape, jnp.float32),
         jnp.zeros((*shape, top), jnp.int32),
-        jnp.zeros((*shape, top)),
+        jnp.zeros((*shape, top), jnp.float32),
     )
     _, state, outputs = jax.lax.while_loop(unfinished, decode, (jnp.int32(0), state, outputs))
     rows = state.rows

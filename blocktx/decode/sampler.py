@@ -103,7 +103,7 @@ def _categorical(key: jax.Array, logits_V: jax.Array) -> jax.Array:
 
     One cumulative sum over a whole vocabulary is slow.
     """
-    uniform_2 = jax.random.uniform(key, (2,))
+    uniform_2 = jax.random.uniform(key, (2,), jnp.float32)
     weight_IxJ = _chunks(jnp.exp(logits_V - logits_V.max()))
     chunk = _invert(weight_IxJ.sum(1), uniform_2[0])
     return chunk * _CHUNK + _invert(weight_IxJ[chunk], uniform_2[1])

@@ -1,12 +1,10 @@
 """Token ids of prompts to texts, as one batch or continuously."""
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from blocktx.decode.continuous import ContinuousDecoder
 from blocktx.decode.generate import generate_blocks
@@ -14,6 +12,7 @@ from blocktx.decode.prompts import Placement, bucket
 from blocktx.decode.sampling import SamplingConfig, seed_words
 from blocktx.decode.stream import Continuation
 from blocktx.model import Model
+from blocktx.progress_bar import ProgressBar
 
 
 class Settings(TypedDict):
@@ -110,8 +109,7 @@ def decode_continuously(
     }
 
     def follow() -> Iterator[dict[int, str]]:
-        seconds = 0.1 if sys.stderr.isatty() else 5
-        with tqdm(total=len(ids), unit=" prompts", mininterval=seconds) as bar:
+        with ProgressBar(total=len(ids), desc="generating", unit=" prompts") as bar:
             for updates in decoder.run(requests):
                 parts = {}
                 for request, tokens, logprobs, _, reason in updates:

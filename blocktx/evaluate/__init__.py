@@ -22,6 +22,7 @@ from blocktx.evaluate.heldout import (
     text_sums,
 )
 from blocktx.evaluate.needle import DEPTHS, PROMPTS, needle_accuracy, plot_accuracy, running_needle
+from blocktx.evaluate.next_logits import map_logits
 from blocktx.evaluate.position_curve import Bin, default_bin, plot_losses, position_curve
 from blocktx.evaluate.scoring import Score, iterate_scores, longest_row, score
 
@@ -38,6 +39,7 @@ __all__ = [
     "heldout_evaluation",
     "iterate_scores",
     "longest_row",
+    "map_logits",
     "needle_accuracy",
     "plot_accuracy",
     "plot_losses",

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blocktx.decode import Engine, bucket, use_mesh
-from blocktx.model import Model, next_logits
+from blocktx.evaluate import map_logits
+from blocktx.model import Model
 
 
 class PromptScore(NamedTuple):
@@ -98,9 +99,14 @@ def _score(
     top: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return log-probabilities `[T]`, most likely tokens `[T, J]` and theirs, from block 1 on."""
-    logits_1xMxKxV = next_logits(model, params, tokens_1xNxK, mask_1xNxK)
-    logits_TxV = logits_1xMxKxV.reshape(-1, logits_1xMxKxV.shape[-1])
-    norm_T = jax.nn.logsumexp(logits_TxV, axis=-1)
-    own_T = jnp.take_along_axis(logits_TxV, tokens_1xNxK[0, 1:].reshape(-1, 1), axis=1)[:, 0]
-    values_TxJ, ids_TxJ = jax.lax.top_k(logits_TxV, top)
-    return own_T - norm_T, ids_TxJ, values_TxJ - norm_T[:, None]
+
+    def of_chunk(logits_BxCxKxV: jax.Array, tokens_BxCxK: jax.Array) -> tuple[jax.Array, ...]:
+        norm_BxCxK = jax.nn.logsumexp(logits_BxCxKxV, axis=-1)
+        own = jnp.take_along_axis(logits_BxCxKxV, tokens_BxCxK[..., None], axis=-1)[..., 0]
+        values, ids = jax.lax.top_k(logits_BxCxKxV, top)
+        unstacked = (jnp.moveaxis(x, -1, 0) for x in (ids, values - norm_BxCxK[..., None]))
+        return own - norm_BxCxK, *map(tuple, unstacked)
+
+    own, ids, values = map_logits(model, params, tokens_1xNxK, mask_1xNxK, of_chunk)
+    flat = (jnp.stack(x, axis=-1).reshape(-1, top) for x in (ids, values))
+    return own.reshape(-1), *flat

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from blocktx.config import BlockConfig, DistillConfig, ModelConfig, StackConfig, StageConfig
-from blocktx.model import BlockTransformer, Vanilla, loss_mask
+from blocktx.model import BlockTransformer, Vanilla, classifier_kernel, loss_mask
 from blocktx.parallel import batch_parts, constrain
 
 _TOKENS = 4096  # per device whose logits exist at the same time
@@ -189,18 +189,14 @@ def _run_teacher(
 def _unit_norm(x: jax.Array, stack: StackConfig) -> jax.Array:
     """Return `x` by the norm of a stack with unit scale and zero bias, in float32."""
     x = x.astype(jnp.float32)
-    if getattr(stack, "norm", "layer") == "layer":
+    if stack.norm == "layer":
         x -= x.mean(-1, keepdims=True)
-    epsilon = getattr(stack, "norm_epsilon", 1e-5)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + stack.norm_epsilon)
 
 
 def _classifier(config: ModelConfig, params: dict[str, Any]) -> jax.Array:
-    """Return the kernel `[E, V]` of the classifier, gathered over the mesh's fsdp axis."""
-    params = params["token_decoder"] if config.kind == "block" else params
-    tied = getattr(config, "tied_classifier", False)
-    kernel = params["embed"]["embedding"].T if tied else params["classifier"]["kernel"]
-    return constrain(kernel, "features", "vocab")
+    """Return the classifier `[E, V]`, gathered over the mesh's fsdp axis."""
+    return constrain(classifier_kernel(config, params), "features", "vocab")
 
 
 def _logits(x: jax.Array, kernel: jax.Array, config: ModelConfig) -> jax.Array:

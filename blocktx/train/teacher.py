@@ -93,6 +93,7 @@ def _frozen_model(config: RunConfig) -> VanillaConfig:
         compute_dtype=student.compute_dtype,
         param_dtype=student.compute_dtype,
         platform=student.platform,
+        formulations=student.formulations,
         remat="none",
     )
 

@@ -30,6 +30,9 @@ from blocktx.train.teacher import load_teacher
 
 _MANIFEST = "manifest.json"
 
+# Fields of a model that choose how it is computed.
+_EXECUTION = ("param_dtype", "compute_dtype", "scan_layers", "remat", "platform", "formulations")
+
 
 class TeacherCache:
     """The cache in `config.distill.cache`, for reading."""
@@ -160,7 +163,7 @@ def _key(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """Return what the batches and the teacher's probabilities depend on, by field."""
     _, step, teacher = load_config(config.distill.teacher)
     described = to_dict(teacher)["model"]
-    for execution in ("param_dtype", "compute_dtype", "remat", "platform", "scan_layers"):
+    for execution in _EXECUTION:
         del described[execution]
     return {
         "config.model.context_length": config.model.context_length,

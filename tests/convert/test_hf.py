@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from blocktx.convert import load_hf, save_folder, to_hf
 from blocktx.decode.generate import generate
 from blocktx.model import build, for_decoding
-from tests.helpers import golden, golden_hf
-from tests.helpers.golden_hf import bytes_of
+from tests.helpers import golden, hf_models
+from tests.helpers.hf_models import bytes_of
 
 load = functools.cache(load_hf)  # each case is loaded once
 
@@ -24,15 +24,15 @@ def forward(model, params, tokens, mask):
     return model.apply({"params": params}, tokens, mask)
 
 
-@pytest.mark.parametrize("case", golden_hf.CASES)
+@pytest.mark.parametrize("case", hf_models.CASES)
 def test_logits_and_greedy_text_of_transformers(case):
-    model, params = load(golden_hf.path(case))
-    expected = golden_hf.expected(case)
+    model, params = load(hf_models.path(case))
+    expected = hf_models.expected(case)
     tokens, mask = expected["input_ids"], expected["attention_mask"]
     logits = forward(model, params, tokens, mask)
     valid = expected["logits_valid"].astype(bool)
     np.testing.assert_allclose(
-        logits[valid], expected["logits"][valid], atol=golden_hf.TOLERANCE, rtol=0
+        logits[valid], expected["logits"][valid], atol=hf_models.TOLERANCE, rtol=0
     )
 
     # After a long prompt, the greedy text is the likeliest token at every position of itself.
@@ -42,23 +42,25 @@ def test_logits_and_greedy_text_of_transformers(case):
     likeliest = forward(model, params, padded, real.astype(mask.dtype)).argmax(-1)
     np.testing.assert_array_equal(likeliest[:, start - 1 : full.shape[1] - 1], full[:, start:])
 
-    model, params = for_decoding(model, params)
-    for name in ("gen", "genpad"):
-        prompt, full = expected[f"{name}_input_ids"], expected[f"{name}_generated"]
-        mask = expected.get(f"{name}_attention_mask", np.ones_like(prompt))
-        count = full.shape[1] - prompt.shape[1]
-        new = generate(model, params, prompt, mask, max_new_tokens=count, temperature=0)
-        np.testing.assert_array_equal(new, full[:, prompt.shape[1] :], err_msg=name)
+
+@pytest.mark.parametrize("case", ["llama31_rope", "qwen3", "neox_sequential"])
+def test_greedy_text_after_prompts_of_different_lengths(case):
+    model, params = for_decoding(*load(hf_models.path(case)))
+    expected = hf_models.expected(case)
+    prompt, full = expected["genpad_input_ids"], expected["genpad_generated"]
+    mask, count = expected["genpad_attention_mask"], full.shape[1] - prompt.shape[1]
+    new = generate(model, params, prompt, mask, max_new_tokens=count, temperature=0)
+    np.testing.assert_array_equal(new, full[:, prompt.shape[1] :])
 
 
-@pytest.mark.parametrize("case", golden_hf.CASES)
+@pytest.mark.parametrize("case", hf_models.CASES)
 def test_there_and_back_is_the_same_bytes(case, tmp_path):
-    model, params = load(golden_hf.path(case))
+    model, params = load(hf_models.path(case))
     assert model.config.platform == "auto"
     tensors, config = to_hf(model, params)
-    assert bytes_of(tensors) == bytes_of(golden_hf.weights(case))
-    assert config["dtype"] == golden_hf.config(case)["dtype"]
-    assert config["architectures"] == golden_hf.config(case)["architectures"]
+    assert bytes_of(tensors) == bytes_of(hf_models.weights(case))
+    assert config["dtype"] == hf_models.config(case)["dtype"]
+    assert config["architectures"] == hf_models.config(case)["architectures"]
     save_folder(tmp_path / "out", tensors, config)
     again, params_again = load_hf(tmp_path / "out")
     assert again.config == model.config
@@ -77,9 +79,9 @@ def test_pythia_there_and_back(case):
 
 
 def test_for_decoding_and_dtypes_are_those_of_the_configuration():
-    model, params = load(golden_hf.path("llama_gqa"))
+    model, params = load(hf_models.path("llama_gqa"))
     given = dataclasses.replace(model.config, scan_layers=False, param_dtype="bfloat16")
-    same, separate = load_hf(golden_hf.path("llama_gqa"), given)
+    same, separate = load_hf(hf_models.path("llama_gqa"), given)
     assert same.config == given
     stacked = params["decoder"]["stack"]["layers"]["mlp"]["up"]["kernel"]
     kernel = separate["decoder"]["stack"]["layers_1"]["mlp"]["up"]["kernel"]
@@ -94,7 +96,7 @@ def test_for_decoding_and_dtypes_are_those_of_the_configuration():
 
 @pytest.fixture
 def folder(tmp_path):
-    return golden_hf.copy("llama", tmp_path / "checkpoint")
+    return hf_models.copy("llama", tmp_path / "checkpoint")
 
 
 def refusal(*args, error=ValueError, **kwargs):
@@ -130,7 +132,7 @@ def test_half_floats_and_buffers(folder):
         for name, array in tensors.items():
             tensors[name] = array.astype("float16")
 
-    golden_hf.edit_tensors(folder, change)
+    hf_models.edit_tensors(folder, change)
     halves = load_file(folder / "model.safetensors")
     buffers = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(1, np.float32),
@@ -214,7 +216,7 @@ def test_with_a_bad_shard_the_rest_is_checked(folder):
     tensors[wrong] = tensors[wrong][:3]
     del tensors[gone]
     save_file(tensors, file)
-    golden_hf.edit_config(folder, hidden_act="relu")
+    hf_models.edit_config(folder, hidden_act="relu")
     first, *rest = lines(folder)
     assert first.startswith(f"  {index[names[1]]}: not a whole safetensors file")
     assert rest[0] == f"  missing tensor {gone}: the index has it in {file.name}"
@@ -248,8 +250,8 @@ def test_everything_that_is_wrong_with_tensors_is_listed(folder):
             if name.startswith("model.layers.3."):
                 del tensors[name]
 
-    golden_hf.edit_tensors(folder, change)
-    width = golden_hf.config("llama")["hidden_size"]
+    hf_models.edit_tensors(folder, change)
+    width = hf_models.config("llama")["hidden_size"]
     assert lines(folder) == [
         "  missing layer model.layers.3, all 9 tensors of it",
         f"  missing tensor model.norm.weight ({width},)",
@@ -277,14 +279,14 @@ def test_everything_that_is_wrong_with_tensors_is_listed(folder):
     ],
 )
 def test_a_config_json_that_says_something_else(folder, changes, part):
-    golden_hf.edit_config(folder, **changes)
+    hf_models.edit_config(folder, **changes)
     message = refusal(folder)
     assert part in message
     assert len(message) < 10_000
 
 
 def test_tied_or_not_has_to_agree_with_the_tensors(folder, tmp_path):
-    golden_hf.edit_config(folder, tie_word_embeddings=True)
+    hf_models.edit_config(folder, tie_word_embeddings=True)
     assert lines(folder) == [
         "  config.json: tie_word_embeddings: got True, but lm_head.weight is not "
         "model.embed_tokens.weight"
@@ -293,12 +295,12 @@ def test_tied_or_not_has_to_agree_with_the_tensors(folder, tmp_path):
     def tie(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
 
-    golden_hf.edit_tensors(folder, tie)
+    hf_models.edit_tensors(folder, tie)
     model, params = load_hf(folder)  # both are there, and equal
     assert model.config.tied_classifier
     assert "classifier" not in params
-    tied = golden_hf.copy("llama_gqa", tmp_path / "tied")
-    golden_hf.edit_config(tied, tie_word_embeddings=False)
+    tied = hf_models.copy("llama_gqa", tmp_path / "tied")
+    hf_models.edit_config(tied, tie_word_embeddings=False)
     assert lines(tied) == ["  missing tensor lm_head.weight (97, 48)"]
 
 
@@ -307,7 +309,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder):
         tensors["model.layers.2.mlp.up_proj.weight"][1, 2:4] = np.nan
         tensors["model.norm.weight"][0] = -np.inf
 
-    golden_hf.edit_tensors(folder, change)
+    hf_models.edit_tensors(folder, change)
     assert sorted(lines(folder)) == [
         "  model.layers.2.mlp.up_proj.weight: 2 values are NaN or infinite",
         "  model.norm.weight: 1 values are NaN or infinite",
@@ -320,7 +322,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder):
 
 
 def test_a_configuration_in_place_of_config_json_or_beside_it(folder):
-    model, params = load(golden_hf.path("llama"))
+    model, params = load(hf_models.path("llama"))
     longer = dataclasses.replace(model.config, context_length=1024)
     assert load_hf(folder, longer)[0].config == longer
     wider = dataclasses.replace(
@@ -345,10 +347,10 @@ def test_models_of_other_kinds_are_refused(folder):
         for name in list(tensors):
             tensors[f"language_{name}"] = tensors.pop(name)
 
-    golden_hf.edit_tensors(folder, rename)
+    hf_models.edit_tensors(folder, rename)
     assert lines(folder)[0].startswith("  not one with tensors model.* (tensors language_")
-    assert "model_type: got 'gemma3_text'" in refusal(golden_hf.path("gemma3"))
-    model, params = load(golden_hf.path("llama"))
+    assert "model_type: got 'gemma3_text'" in refusal(hf_models.path("gemma3"))
+    model, params = load(hf_models.path("llama"))
     mixed = dataclasses.replace(
         model.config, decoder=dataclasses.replace(model.config.decoder, rotary_fraction=0.5)
     )
@@ -357,7 +359,7 @@ def test_models_of_other_kinds_are_refused(folder):
 
 
 def test_parameters_that_do_not_fit_are_listed():
-    model, params = load(golden_hf.path("llama_gqa"))
+    model, params = load(hf_models.path("llama_gqa"))
     with pytest.raises(ValueError, match="missing parameter embed/embedding"):
         to_hf(model, {"decoder": params["decoder"]})
     with pytest.raises(ValueError, match="dtype: got 'float8'"):

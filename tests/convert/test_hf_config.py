@@ -5,7 +5,7 @@ import json
 import pytest
 
 from blocktx.convert import hf_config
-from tests.helpers import golden_hf
+from tests.helpers import hf_models
 
 
 def read(config):
@@ -15,34 +15,34 @@ def read(config):
 
 
 def problems(case, **changes):
-    config = golden_hf.config(case) | changes
+    config = hf_models.config(case) | changes
     return hf_config.read({k: v for k, v in config.items() if v != "absent"})[1]
 
 
-@pytest.mark.parametrize("case", golden_hf.CASES)
+@pytest.mark.parametrize("case", hf_models.CASES)
 def test_both_styles_are_the_same_model(case):
-    config = read(golden_hf.config(case))
-    assert read(golden_hf.config(case, "config_v4.json")) == config
-    mixed = golden_hf.config(case) | golden_hf.config(case, "config_v4.json")
+    config = read(hf_models.config(case))
+    assert read(hf_models.config(case, "config_v4.json")) == config
+    mixed = hf_models.config(case) | hf_models.config(case, "config_v4.json")
     assert read(mixed) == config
 
 
-@pytest.mark.parametrize("case", golden_hf.CASES)
+@pytest.mark.parametrize("case", hf_models.CASES)
 def test_what_is_written_is_read_as_the_same_model_by_every_style(case):
-    config = read(golden_hf.config(case))
+    config = read(hf_models.config(case))
     written = json.loads(json.dumps(hf_config.write(config, "float32")))
     assert read(written) == config
     for other in ("rope_parameters", "rope_scaling", "rope_theta"):
         names = {"rope_scaling", "rope_theta"} if other == "rope_parameters" else {other}
         assert read({k: v for k, v in written.items() if k not in names}) == config
-    theirs = golden_hf.config(case) | golden_hf.config(case, "config_v4.json")
+    theirs = hf_models.config(case) | hf_models.config(case, "config_v4.json")
     ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"}
     for name in written.keys() & theirs.keys() - ignored - {"rope_parameters", "rope_scaling"}:
         assert written[name] == theirs[name], name
 
 
 def test_old_and_legacy_names():
-    config = golden_hf.config("llama_linear_rope", "config_v4.json")
+    config = hf_models.config("llama_linear_rope", "config_v4.json")
     linear = read(config)
     assert linear.decoder.rotary_scaling.kind == "linear"
     assert linear.decoder.rotary_scaling.factor == 4.0
@@ -54,7 +54,7 @@ def test_old_and_legacy_names():
 
 
 def test_absent_fields_mean_what_the_class_means():
-    config = golden_hf.config("llama", "config_v4.json")
+    config = hf_models.config("llama", "config_v4.json")
     same = read(config)
     for name in ("num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "rope_theta"):
         assert read({k: v for k, v in config.items() if k != name}) == same
@@ -67,7 +67,7 @@ def test_absent_fields_mean_what_the_class_means():
     ]
     assert problems("qwen3", head_dim="absent") == []
     assert (
-        hf_config.read({k: v for k, v in golden_hf.config("qwen3").items() if k != "head_dim"})[
+        hf_config.read({k: v for k, v in hf_models.config("qwen3").items() if k != "head_dim"})[
             0
         ].decoder.head_size
         == 128
@@ -75,8 +75,8 @@ def test_absent_fields_mean_what_the_class_means():
 
 
 def test_mistral_is_read_unless_it_has_a_window():
-    mistral = golden_hf.config("llama_gqa") | {"model_type": "mistral", "sliding_window": None}
-    assert read(mistral) == read(golden_hf.config("llama_gqa"))
+    mistral = hf_models.config("llama_gqa") | {"model_type": "mistral", "sliding_window": None}
+    assert read(mistral) == read(hf_models.config("llama_gqa"))
     assert read(mistral | {"sliding_window": 256}) == read(mistral)  # as long as the context
     (line,) = hf_config.read(mistral | {"sliding_window": 64})[1]
     assert line == (

@@ -12,7 +12,7 @@ from blocktx.convert import load_hf, load_neox, load_official
 from blocktx.convert.uptrain import lengthen, uptrain
 from blocktx.model.build import build
 from blocktx.model.params import unstack_layers
-from tests.helpers import golden, golden_hf, numpy_llama
+from tests.helpers import golden, hf_models, numpy_llama
 from tests.helpers.random_weights import random_params
 from tests.helpers.tiny_run import MODEL
 
@@ -137,7 +137,7 @@ def _apply(model, params, tokens, mask):
 
 
 def source(case):
-    model, params = load_hf(golden_hf.path(case))
+    model, params = load_hf(hf_models.path(case))
     return model.config, params
 
 
@@ -153,7 +153,7 @@ def test_partition_equals_a_computation_in_numpy(case, embedder):
     assert config.tied_classifier
     assert "classifier" not in params["token_decoder"]
     tokens = tokens_of(config, 2, 6, 4)
-    reference = numpy_llama.Llama(golden_hf.config(case), golden_hf.weights(case))
+    reference = numpy_llama.Llama(hf_models.config(case), hf_models.weights(case))
     expected = [reference.partition_logits(row, config.prefix_length) for row in tokens]
     np.testing.assert_allclose(apply(config, params, tokens), expected, atol=1e-4, rtol=0)
 

@@ -44,7 +44,7 @@ def test_load(trained, below):
     workdir, config, state = trained
     engine = blocktx.load(workdir / below)
     assert engine.config == dataclasses.replace(
-        config, model=dataclasses.replace(config.model, scan_layers=False, platform="cpu")
+        config, model=dataclasses.replace(config.model, scan_layers=False)
     )
     saved = Tokenizer.load(workdir / "tokenizer.json", config.data.end_token, config.data.pad_token)
     assert engine.tokenizer.fingerprint == saved.fingerprint

@@ -67,6 +67,16 @@ def test_neither_other_rows_nor_padding_nor_budget_change_a_row():
     same(0, [1, 2], tokens=longer, mask=mask)  # beside longer prompts
 
 
+def test_64_bit_types_change_nothing():
+    options = dict(temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, seed=3, return_logprobs=True)
+    expected = run(**options)
+    with jax.enable_x64(True):
+        got = run(**options)
+    assert [x.dtype for x in got] == [np.int32, np.float32]
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_every_draw_is_a_new_one():
     rows = run(np.tile(PROMPTS[:1], (3, 1)), temperature=1e6)  # all 53 tokens alike
     assert all(len(set(row)) > 7 for row in rows.tolist())

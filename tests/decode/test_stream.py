@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from blocktx.data.tokenizer import Tokenizer
-from blocktx.decode.stream import TextStream
+from blocktx.decode.stream import Continuation, TextStream
 
 TEXT = "caf\u00e9 \N{GRINNING FACE}\N{ROCKET}, \u65e5\u672c\u8a9e! e\u0301"
 
@@ -72,6 +72,25 @@ def test_what_stays_incomplete_comes_at_the_end(byte_level):
     _, out = parts(byte_level, tokens, 1)
     assert out[:3] == ["a", "", ""]
     assert "".join(out) == byte_level.decode(tokens) == "a\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("unfinished", [0, 1, 2])
+def test_streams_and_whole_texts_of_a_continuation_are_equal(case, unfinished):
+    """Wherever parts begin and end, in the middle of a character too, at the end too."""
+    tokenizer, tokens = case
+    for prompt in range(len(tokens)):
+        before, after = tokens[:prompt], tokens[prompt : len(tokens) - unfinished]
+        whole = Continuation(tokenizer, before)
+        whole.add(after, [], "length")
+        if unfinished == 0:
+            assert tokenizer.decode(before).rstrip("\N{REPLACEMENT CHARACTER}") + whole.text == TEXT
+        for size in (1, 3, 4):
+            text, parts = Continuation(tokenizer, before), []
+            for start in range(0, len(after), size):
+                reason = "length" if start + size >= len(after) else None
+                parts.append(text.add(after[start : start + size], [], reason))
+            assert "".join(parts) == text.text == whole.text
+            assert text.tokens == after
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

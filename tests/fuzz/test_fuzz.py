@@ -14,12 +14,12 @@ import jax
 import numpy as np
 import pytest
 import zstandard
-from blocktx.convert.neox import load_neox
 
 from blocktx.checkpoint.params import load_params, load_tokenizer, save_params
 from blocktx.checkpoint.safetensors import write
 from blocktx.config.model import BlockConfig, StackConfig
 from blocktx.config.run import DataConfig, RunConfig
+from blocktx.convert.hf import load_hf
 from blocktx.data.corpus import prepare
 from blocktx.data.tokenizer import Tokenizer
 from blocktx.model.build import abstract_params
@@ -164,7 +164,7 @@ def test_indices_of_foreign_models(folders, tmp_path):
             change = mutate_json if trial % 2 else mutate
             (tmp_path / name).write_bytes(change(original, rng))
             with pytest.raises(EXPECTED) as caught:
-                load_neox(tmp_path)
+                load_hf(tmp_path)
             assert len(str(caught.value)) < 20_000
         (tmp_path / name).write_bytes(original)
 
@@ -179,6 +179,7 @@ TEXT = b'{"text": "one two three"}\n{"text": "four five six"}\n' * 20
         ("a.jsonl.gz", gzip.compress(TEXT, mtime=0)),
         ("a.jsonl.zst", zstandard.compress(TEXT)),
     ],
+    ids=["jsonl", "gz", "zst"],
 )
 def test_documents(name, content, folders, tmp_path):
     """A corpus may differ where its text does, but there is a corpus or an error with a name."""

@@ -42,8 +42,10 @@ def _model(kind: str):
     from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
 
     stack = StackConfig(layers=2, width=32, heads=4)
-    if kind == "block":
-        decoders = dict(block_decoder=stack, token_decoder=stack)
+    if kind == "llama":
+        stack = StackConfig.llama(2, 32, 8, key_value_heads=4, mlp_width=64)
+    if kind in ("block", "llama"):
+        decoders = dict(block_decoder=stack, token_decoder=stack, tied_classifier=kind == "llama")
         return BlockConfig(vocab_size=64, context_length=32, **decoders)
     return VanillaConfig(vocab_size=64, context_length=32, decoder=stack)
 
@@ -91,7 +93,7 @@ def losses(kind: str) -> dict[str, list[float]]:
     return found | {"one device": follow(MeshConfig(), jax.devices()[:1])}
 
 
-def kernels() -> dict[str, list]:
+def kernels(family: str) -> dict[str, list]:
     """Loss and norms of gradients by the formulations for TPU, on meshes, and by the plain ones."""
     import dataclasses
 
@@ -105,7 +107,8 @@ def kernels() -> dict[str, list]:
     from blocktx.parallel.sharding import batch_sharding, create_mesh
     from blocktx.train.loss import training_sums
 
-    stack = StackConfig(layers=2, width=256, heads=8)
+    grouped = dict(key_value_heads=4, head_width=32) if family == "llama" else {}
+    stack = getattr(StackConfig, family)(layers=2, width=256, heads=8, **grouped)
     config = BlockConfig(
         vocab_size=64,
         context_length=16,

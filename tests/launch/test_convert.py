@@ -1,5 +1,7 @@
 """launch/convert.py, and checkpoints that hold nothing but parameters."""
 
+import json
+import shlex
 import shutil
 
 import jax
@@ -9,10 +11,12 @@ from safetensors.numpy import load_file
 
 import blocktx
 from blocktx.checkpoint.params import load_params, save_params
-from blocktx.config.run import RunConfig
-from blocktx.convert import load_official
+from blocktx.config import RunConfig, StackConfig, VanillaConfig
+from blocktx.convert import load_official, save_folder, to_hf
 from blocktx.data.tokenizer import Tokenizer
-from tests.helpers import golden
+from blocktx.model import build
+from tests.helpers import golden, hf_models, tokenizers
+from tests.helpers.random_weights import random_params
 
 
 def error(convert, capsys, *argv):
@@ -37,38 +41,127 @@ def test_there_and_back(convert, capsys, tmp_path, name, case):
     theirs["block_decoder.gpt_neox.embed_in.weight"] = np.zeros((97, 64), np.float32)
     assert all(ours[key].tobytes() == theirs[key].tobytes() for key in ours)
     assert (back / "official.yaml").exists() == (name == "official")
+    assert load_params(run).config.model.platform == "auto"
     for again in (run, back):
         assert f"{again}: exists already" in error(
             convert, capsys, name, f"--checkpoint={golden.path(case)}", f"--output={again}"
         )
 
 
-def test_a_run_with_tokenizer_generates(convert, capsys, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(golden.path("lookup_prefix2"), source)
+def test_a_tokenizer_that_does_not_fit_is_an_error_and_nothing_is_written(
+    convert, capsys, tmp_path
+):
+    source = hf_models.copy("llama", tmp_path / "source")
     words = Tokenizer.train(["a b"], 97, "<|endoftext|>", "<|padding|>")
     words.save(source / "tokenizer.json")  # 258 tokens: the bytes and two special ones
     unfit = source / "tokenizer.json"
-    command = ("official", f"--checkpoint={source}")
-    message = error(convert, capsys, *command, f"--output={tmp_path}/a", f"--tokenizer={unfit}")
-    assert f"--tokenizer: {unfit} has 258 tokens, more than the 97 of the model" in message
+    command = ("hf", f"--checkpoint={source}", f"--output={tmp_path}/a")
+    too_many = f"--tokenizer: {unfit} has 258 tokens, more than the 97 of the model"
+    assert f"{too_many}\n" in error(convert, capsys, *command, f"--tokenizer={unfit}")
+    assert f"{too_many}; --tokenizer=none leaves it out" in error(convert, capsys, *command)
+    hf_models.edit_config(source, hidden_act="relu")
+    (source / "tokenizer.json").write_text("{}")
+    message = error(convert, capsys, *command)
+    assert f"--tokenizer: {unfit} is not a tokenizer.json" in message
+    assert "config.json: hidden_act: got 'relu'" in message
     assert not (tmp_path / "a").exists()
-    convert(*command, f"--output={tmp_path}/a")  # one that merely lies beside
-    first, *_, last = capsys.readouterr().out.splitlines()
-    assert first == f"left out {unfit}: has 258 tokens, more than the 97 of the model"
-    assert f" --checkpoint={tmp_path}/a --tokenizer=tokenizer.json " in last
+    hf_models.edit_config(source, hidden_act="silu")
+    convert(*command, "--tokenizer=none")
     assert not (tmp_path / "a" / "tokenizer.json").exists()
 
-    model, params = load_official(source)
-    folder = tmp_path / "run"
-    save_params(folder, RunConfig(model=model.config), params, tokenizer=source / "tokenizer.json")
-    engine = blocktx.load(folder)
-    assert engine.tokenizer.end_id == words.end_id
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A Llama model of random weights with a tokenizer, as it would be on the hub."""
+    folder = tmp_path_factory.mktemp("small") / "hub"
+    tokenizer = tokenizers.make("llama2")
+    stack = StackConfig.llama(layers=2, width=32, heads=4, key_value_heads=2)
+    config = VanillaConfig(vocab_size=300, context_length=64, decoder=stack, tied_classifier=True)
+    model = build(config)
+    save_folder(folder, *to_hf(model, random_params(model, 0.1)))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    names = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": "{{ messages }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+def printed_commands(capsys):
+    """The commands among the printed lines, as lists of arguments after the script."""
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("python launch/")]
+
+
+def test_a_converted_model_generates_with_its_own_tokenizer(convert, capsys, small, tmp_path):
+    run, back = tmp_path / "a run", tmp_path / "back"
+    convert("hf", f"--checkpoint={small}", f"--output={run}")
+    ((script, *arguments),) = printed_commands(capsys)
+    assert script == "launch/generate.py"
+    assert f"--checkpoint={run}" in arguments
+    engine = blocktx.load(run)
+    assert (engine.tokenizer.end_ids, engine.tokenizer.pad_id) == ((2, 3), 2)
+    assert engine.tokenizer.chat_template == "{{ messages }}"
+    assert isinstance(engine.generate("the cat", max_new_tokens=4), str)
+    convert("to-hf", f"--checkpoint={run}", f"--output={back}")
+    assert (back / "tokenizer.json").read_text() == (small / "tokenizer.json").read_text()
+    for name, array in load_file(small / "model.safetensors").items():
+        assert load_file(back / "model.safetensors")[name].tobytes() == array.tobytes()
+    config = json.loads((back / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"]) == ([2, 3], 1)
+
+
+def test_a_tokenizer_can_be_added_afterwards(convert, capsys, small, tmp_path):
+    run = tmp_path / "run"
+    convert("hf", f"--checkpoint={small}", f"--output={run}", "--tokenizer=none")
+    ((script, *arguments),) = printed_commands(capsys)
+    assert script == "launch/convert.py"
+    file = small / "tokenizer.json"
+    convert(*(argument.replace("TOKENIZER", str(file)) for argument in arguments))
+    (generate,) = printed_commands(capsys)
+    folder = next(a.removeprefix("--checkpoint=") for a in generate if "--checkpoint" in a)
+    assert blocktx.load(folder).tokenizer.end_ids == (2, 3)
+    jax.tree.map(np.testing.assert_array_equal, load_params(folder).params, load_params(run).params)
+    (tmp_path / "other").mkdir()
+    shutil.copyfile(file, tmp_path / "other" / "tokenizer.json")  # without the files beside it
+    command = ("add-tokenizer", f"--checkpoint={run}", f"--output={tmp_path}/b")
+    other = f"--tokenizer={tmp_path}/other/tokenizer.json"
+    assert "end_token: not given" in error(convert, capsys, *command, other)
+    convert(*command, other, "--end-token=</s>")
+    assert blocktx.load(tmp_path / "b").tokenizer.end_token == "</s>"
+
+
+@pytest.mark.parametrize("method", ["all", "partition"])
+def test_uptraining_of_a_converted_model(convert, capsys, small, tmp_path, method):
+    run, start = tmp_path / "run", tmp_path / "start"
+    convert("hf", f"--checkpoint={small}", f"--output={run}")
+    how = ["--token-layers=1", "--embedder=mean_mlp"] if method == "all" else []
+    convert("uptrain", f"--from={run}", f"--method={method}", f"--output={start}", *how)
+    engine = blocktx.load(start)
     assert engine.config.model.kind == "block"
+    assert engine.config.model.block_decoder.layers == (2 if method == "all" else 1)
+    assert engine.tokenizer.end_ids == (2, 3)
+    assert isinstance(engine.generate("the cat", max_new_tokens=8), str)
+    bad = ("uptrain", f"--from={run}", f"--output={tmp_path}/x", "--token-layers=1")
+    assert "--token-layers: is for the method all" in error(convert, capsys, *bad, "--method=skip")
+
+
+def test_weights_that_are_not_finite_need_a_flag(convert, capsys, tmp_path):
+    source = hf_models.copy("llama_gqa", tmp_path / "source")
+
+    def change(tensors):
+        tensors["model.norm.weight"][3] = np.nan
+
+    hf_models.edit_tensors(source, change)
+    command = ("hf", f"--checkpoint={source}", f"--output={tmp_path}/run")
+    message = error(convert, capsys, *command)
+    assert "model.norm.weight: 1 values are NaN or infinite" in message
+    assert "--allow-nonfinite" in message
+    assert not (tmp_path / "run").exists()
+    convert(*command, "--allow-nonfinite")
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
-def test_tokenizer_is_checked_first(convert, capsys, tmp_path, content):
+def test_tokenizer_is_checked_with_the_model(convert, capsys, tmp_path, content):
     source, tokenizer = tmp_path / "source", tmp_path / "tokenizer.json"
     source.mkdir()
     (source / "model.safetensors").write_text("not read yet")
@@ -77,28 +170,18 @@ def test_tokenizer_is_checked_first(convert, capsys, tmp_path, content):
     command = ("neox", f"--checkpoint={source}", f"--output={tmp_path}/run")
     message = error(convert, capsys, *command, f"--tokenizer={tokenizer}")
     assert f"--tokenizer: {tokenizer} is not a tokenizer.json" in message
-
-
-def test_unusable_tokenizer_beside_is_left_out(convert, capsys, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(golden.path("lookup_prefix1"), source)
-    (source / "tokenizer.json").write_text("{}")
-    convert("official", f"--checkpoint={source}", f"--output={tmp_path}/run")
-    start = f"left out {source}/tokenizer.json: is not a tokenizer.json: "
-    assert capsys.readouterr().out.startswith(start)
+    assert "not a whole safetensors file" in message
 
 
 @pytest.mark.parametrize("name", ["folder", "folder/model.safetensors"])
-@pytest.mark.parametrize(("command", "first"), [("uptrain", "neox"), ("lengthen", "official")])
+@pytest.mark.parametrize(("command", "first"), [("uptrain", "hf"), ("lengthen", "official")])
 def test_files_of_other_code_come_here_first(convert, capsys, tmp_path, name, command, first):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model.safetensors").touch()
     how = ["--method=skip"] if command == "uptrain" else []
     source = tmp_path / name
     message = error(convert, capsys, command, f"--from={source}", f"--output={tmp_path}/run", *how)
-    assert (
-        f"bring it here first: python launch/convert.py {first} --checkpoint={source} " in message
-    )
+    assert f"convert it first: python launch/convert.py {first} --checkpoint={source} " in message
 
 
 def test_save_params_is_new_and_whole(tmp_path):
@@ -126,7 +209,7 @@ def test_config_of_a_file(convert, capsys, tmp_path):
         "        block_decoder=stack(3), token_decoder=stack(2), prefix_length=1)))\n"
     )
     command = ("official", f"--checkpoint={tmp_path}/block.safetensors", f"--output={tmp_path}/run")
-    assert "token_decoder.heads: cannot be told" in error(convert, capsys, *command)
+    assert "config.json: absent" in error(convert, capsys, *command)
     assert "--config: there is no file 'no.py'" in error(
         convert, capsys, *command, "--config=no.py"
     )

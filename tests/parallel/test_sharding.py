@@ -30,25 +30,34 @@ def mesh(data=1, fsdp=1, tensor=1):
 
 @pytest.fixture(scope="module")
 def losses():
-    running = {kind: eight_devices.start("losses", kind) for kind in ("block", "vanilla")}
+    running = {kind: eight_devices.start("losses", kind) for kind in ("block", "llama", "vanilla")}
     return {kind: eight_devices.result(process) for kind, process in running.items()}
 
 
 @pytest.mark.parametrize("name", eight_devices.MESHES)
-@pytest.mark.parametrize("kind", ["block", "vanilla"])
+@pytest.mark.parametrize("kind", ["block", "llama", "vanilla"])
 def test_losses_are_those_of_one_device(losses, kind, name):
     expected = losses[kind]["one device"]
     assert expected[0] != expected[-1]
     np.testing.assert_allclose(losses[kind][name], expected, rtol=1e-5)
 
 
-def test_formulations_for_tpu_are_the_plain_ones_on_every_mesh():
-    """Kernels are divided by hand, where XLA divides all else."""
-    found = eight_devices.run("kernels")
+@pytest.mark.parametrize("family", ["neox", "llama"])
+def test_formulations_for_tpu_are_the_plain_ones_on_every_mesh(family):
+    """Kernels are sharded by hand; XLA shards everything else."""
+    found = eight_devices.run("kernels", family)
     plain = found.pop("plain")
     assert set(found) == {"fsdp", "mixed", "one device"}
     for name, values in found.items():
         np.testing.assert_allclose(values, plain, rtol=2e-4, err_msg=name)
+
+
+def test_fewer_key_value_heads_than_tensor_are_refused_by_name():
+    stack = StackConfig.llama(1, 64, 4, key_value_heads=2)
+    model = VanillaConfig(vocab_size=64, context_length=8, decoder=stack)
+    sharding.check_model_fits(model, mesh(tensor=2))
+    with pytest.raises(ValueError, match=r"tensor: 4 does not divide .*decoder\.key_value_heads 2"):
+        sharding.check_model_fits(model, mesh(tensor=4))
 
 
 def test_engine_on_a_mesh(finished):

@@ -23,13 +23,29 @@ from tests.helpers import eight_devices
 from tests.helpers.random_weights import random_params
 from tests.helpers.tiny_run import MODEL, run_config
 
-STACK = StackConfig(layers=2, width=16, heads=2)
-STUDENT = BlockConfig(
-    vocab_size=24, context_length=24, block_length=4, block_decoder=STACK, token_decoder=STACK
-)
-TEACHER = VanillaConfig(
-    vocab_size=24, context_length=24, decoder=StackConfig(layers=3, width=16, heads=2)
-)
+STACKS = {
+    "neox": lambda layers: StackConfig(layers=layers, width=16, heads=2),
+    "llama": lambda layers: StackConfig.llama(layers, 16, 4, key_value_heads=2),
+}
+
+
+def student_config(family: str = "neox") -> BlockConfig:
+    stack = STACKS[family](2)
+    return BlockConfig(
+        vocab_size=24, context_length=24, block_length=4, block_decoder=stack, token_decoder=stack
+    )
+
+
+def teacher_config(family: str = "neox") -> VanillaConfig:
+    return VanillaConfig(
+        vocab_size=24,
+        context_length=24,
+        decoder=STACKS[family](3),
+        tied_classifier=family == "llama",
+    )
+
+
+STUDENT, TEACHER = student_config(), teacher_config()
 ALL = StageConfig(hidden_weight=1.0)
 
 
@@ -37,16 +53,24 @@ def distill(**settings) -> DistillConfig:
     return DistillConfig(teacher="teacher", **settings)
 
 
+def random_teacher(family: str = "neox") -> Teacher:
+    model = build(teacher_config(family))
+    return Teacher(random_params(model), model)
+
+
+def random_student(family: str = "neox"):
+    model = build(student_config(family))
+    return model, random_params(model)
+
+
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    model = build(TEACHER)
-    return Teacher(random_params(model), model)
+    return random_teacher()
 
 
 @pytest.fixture(scope="module")
 def student():
-    model = build(STUDENT)
-    return model, random_params(model)
+    return random_student()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +102,11 @@ def by_hand(student, teacher, batch, temperature: float, layer: int) -> dict[str
             {"params": teacher.params}, tokens, mask, layer, method="hidden_and_layer"
         )
     )
-    classifier = np.asarray(teacher.params["classifier"]["kernel"], np.float64)
+    rms = model.config.block_decoder.norm == "rms"
+    if teacher.model.config.tied_classifier:
+        classifier = np.asarray(teacher.params["embed"]["embedding"], np.float64).T
+    else:
+        classifier = np.asarray(teacher.params["classifier"]["kernel"], np.float64)
 
     def before(row: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Final logits and hidden state at the last real token of the first `end` of a row."""
@@ -93,7 +121,8 @@ def by_hand(student, teacher, batch, temperature: float, layer: int) -> dict[str
             if not mask[row, :block].any() or not mask[row, block].any():
                 continue
             hidden = before(row, block * 4)[1].astype(np.float64)
-            hidden = (hidden - hidden.mean()) / np.sqrt(hidden.var() + 1e-5)
+            hidden -= 0 if rms else hidden.mean()
+            hidden /= np.sqrt((hidden**2).mean() + 1e-5)
             sums["hidden_loss"] += ((contexts[row, block - 1] - hidden) ** 2).mean()
             for place in np.flatnonzero(mask[row, block]):
                 ours = logits[row, block - 1, place]
@@ -104,11 +133,14 @@ def by_hand(student, teacher, batch, temperature: float, layer: int) -> dict[str
     return sums
 
 
-@pytest.mark.parametrize(("temperature", "layer"), [(1.0, 2), (2.5, 1), (1.0, 3)])
-@pytest.mark.parametrize("tokens_at_once", [4096, 12])
+@pytest.mark.parametrize(
+    ("family", "temperature", "layer", "tokens_at_once"),
+    [("neox", 1.0, 2, 4096), ("neox", 2.5, 1, 12), ("llama", 1.0, 3, 12)],
+)
 def test_sums_equal_those_computed_token_by_token(
-    student, teacher, batch, temperature, layer, tokens_at_once, monkeypatch
+    family, temperature, layer, tokens_at_once, batch, monkeypatch
 ):
+    student, teacher = random_student(family), random_teacher(family)
     monkeypatch.setattr(module, "_TOKENS", tokens_at_once)
     config = distill(temperature=temperature, hidden_layer=layer, stages=(ALL,))
     got = distillation_sums(*student, teacher, batch, config, 0)
@@ -161,9 +193,11 @@ def test_no_gradient_reaches_the_teacher(student, teacher, batch):
     assert all((x == 0).all() for x in jax.tree.leaves(jax.grad(loss)(teacher.params)))
 
 
-def test_partitioned_teacher_has_no_hidden_loss_with_blocks_of_one_token(teacher, batch):
+@pytest.mark.parametrize("family", STACKS)
+def test_partitioned_teacher_has_no_hidden_loss_with_blocks_of_one_token(family, batch):
+    teacher = random_teacher(family)
     config, params = uptrain(
-        TEACHER, teacher.params, method="partition", block_length=1, block_layers=2
+        teacher.model.config, teacher.params, method="partition", block_length=1, block_layers=2
     )
     flat = {name: x[:1].reshape(1, 24, 1) for name, x in batch.items()}  # without padding
     settings = distill(stages=(ALL,))
