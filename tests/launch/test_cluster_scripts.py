@@ -248,8 +248,7 @@ def test_slurm_starts_a_process_for_each_gpu(programs, tmp_path):
     assert (job.returncode, calls) == (0, [])
     assert (tmp_path / "calls.srun").read_text() == (
         f"--kill-on-bad-exit=1 --cpus-per-task=8 {ROOT}/.venv/bin/python launch/train.py "
-        "--config=a.py:b "
-        "--workdir=gs://bucket/my run --config.data.source=it's --resume\n"
+        "--config=a.py:b --workdir=gs://bucket/my run --config.data.source=it's --resume\n"
     )
 
 
