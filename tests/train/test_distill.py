@@ -1,6 +1,8 @@
 """Distillation: losses against independent computation, stages, frozen parameters, runs, caches."""
 
 import dataclasses
+import importlib.util
+import pathlib
 import shutil
 
 import jax
@@ -8,21 +10,25 @@ import numpy as np
 import pytest
 
 import blocktx.train.distill as module
+from blocktx.config.conversion import from_config_dict
 from blocktx.config.distill import DistillConfig, StageConfig
 from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
 from blocktx.config.run import OptimizerConfig, RunConfig, TrainingConfig
 from blocktx.convert.uptrain import uptrain
 from blocktx.model.build import build, init_params
+from blocktx.parallel.sharding import create_mesh
 from blocktx.train.distill import Teacher, distillation_sums, top_log_probs
 from blocktx.train.loop import train
 from blocktx.train.metrics import read
 from blocktx.train.optimizer import multipliers
 from blocktx.train.step import create_state, train_step
+from blocktx.train.teacher import check_distillation
 from blocktx.train.teacher_cache import write_cache
 from tests.helpers import eight_devices
 from tests.helpers.random_weights import random_params
 from tests.helpers.tiny_run import MODEL, run_config
 
+ROOT = pathlib.Path(__file__).parents[2]
 STACKS = {
     "neox": lambda layers: StackConfig(layers=layers, width=16, heads=2),
     "llama": lambda layers: StackConfig.llama(layers, 16, 4, key_value_heads=2),
@@ -465,3 +471,23 @@ def test_sharded_distillation_equals_that_of_one_device():
     losses = eight_devices.run("distillation")
     for name, found in losses.items():
         np.testing.assert_allclose(found, losses["one device"], rtol=2e-4, err_msg=name)
+
+
+def test_configurations_of_the_experiment(tmp_path, monkeypatch, data, source, convert):
+    spec = importlib.util.spec_from_file_location("distill", ROOT / "configs" / "distill.py")
+    configs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(configs)
+    for kind in configs.KINDS:
+        run = from_config_dict(configs.get_config(f"{kind}:3"))
+        assert run.seed == 3
+        assert bool(run.distill.teacher) == (kind == "distilled")
+    with pytest.raises(ValueError, match="distilled:0, or START:TEACHER"):
+        configs.get_config("runs/none:0")
+
+    start = tmp_path / "start"
+    method = ["--method=duplicate", "--block-length=4"]
+    convert("uptrain", f"--from={source}", *method, f"--output={start}")
+    run = from_config_dict(configs.get_config(f"{start}:{source}"))
+    assert run.distill.teacher == str(source)
+    assert run.training.init_from == str(start)
+    check_distillation(run, create_mesh(run.mesh))
