@@ -326,3 +326,8 @@ def test_shellcheck_finds_nothing():
         [SHELLCHECK, *scripts, ROOT / ".ci" / "run"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_an_image_of_the_clone_leaves_out_what_git_ignores():
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {*ignored, ".git/"} <= set((ROOT / ".dockerignore").read_text().split())
