@@ -53,9 +53,9 @@ class BlockDecoder(nn.Module):
             return contexts_TxD.reshape(blocks, -1), kept_TxD
         # cuDNN takes the number of real positions, which come first: leading padding goes last.
         leading = jnp.argmax(real_N)
-        mask_TxT = jnp.roll(real_N, -leading) & causal_mask(position_T, blocks)
+        mask_1xT = jnp.roll(real_N, -leading)[None]
         position_T = jnp.roll(position_T, -leading)
-        outputs = self.stack(jnp.roll(x_TxD, -leading, axis=0), position_T, mask_TxT, keep=layer)
+        outputs = self.stack(jnp.roll(x_TxD, -leading, axis=0), position_T, mask_1xT, keep=layer)
         contexts_TxD, kept_TxD = (None if x is None else jnp.roll(x, leading, 0) for x in outputs)
         return contexts_TxD.reshape(blocks, -1), kept_TxD
 

@@ -45,10 +45,9 @@ def attend_cudnn(
         materialised as a bias.
       emulate: compute the same by XLA, without a GPU.
     """
-    lengths = dict(
-        query_seq_lengths=jnp.full(1, len(q_TxHxC), jnp.int32),
-        key_value_seq_lengths=count.astype(jnp.int32)[None],
-    )
+    count = count.astype(jnp.int32)[None]
+    # JAX 0.10 cannot batch it over lengths that are not batched, as a constant is not.
+    lengths = dict(query_seq_lengths=len(q_TxHxC) + 0 * count, key_value_seq_lengths=count)
     q_k_v = (x[None] for x in (q_TxHxC, k_TxGxC, v_TxGxC))
     implementation = "xla" if emulate else "cudnn"
     y_1xTxHxC = jax.nn.dot_product_attention(
