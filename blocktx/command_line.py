@@ -52,6 +52,7 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
     def checked(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax logs every phase of a save
+            logging.get_absl_logger().addFilter(_is_no_traceback_of_orbax)
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         for name in required:
@@ -71,6 +72,11 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
     if "jax_debug_nans" not in flags.FLAGS:
         jax.config.config_with_absl()  # flags of JAX, such as --jax_debug_nans
     app.run(checked, flags_parser=_parse)
+
+
+def _is_no_traceback_of_orbax(record: Any) -> bool:
+    """Return False for errors of a save in the background, which are raised again at its end."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def enable_compilation_cache(folder: str) -> None:

@@ -41,7 +41,7 @@ class Parameters(NamedTuple):
 
 
 def count_params(config: ModelConfig) -> Parameters:
-    """How many parameters a model has."""
+    """Return the numbers of parameters of a model."""
     classifiers = 0 if config.tied_classifier else 1
     tables = classifiers * config.vocab_size * _classified_width(config)
     if config.kind == "vanilla":
@@ -67,19 +67,19 @@ def count_params(config: ModelConfig) -> Parameters:
 
 
 def cache_bytes(config: ModelConfig, slots: int) -> int:
-    """Bytes of keys and values for one sequence in a cache of `slots` blocks."""
+    """Return the bytes of keys and values of one sequence in a cache of `slots` blocks."""
     stack = config.decoder if config.kind == "vanilla" else config.block_decoder
     slots *= config.embeddings_per_block
     return 2 * stack.layers * slots * stack.kv_width * _itemsize(config)
 
 
 def logits_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the float32 logits of `tokens` tokens."""
+    """Return the bytes of the float32 logits of `tokens` tokens."""
     return 4 * config.vocab_size * tokens
 
 
 def train_step(config: RunConfig) -> Cost:
-    """One update by a batch, all microbatches of it.
+    """Return the cost of one update by a batch, all its microbatches.
 
     The backward pass multiplies twice for each product of the forward pass, and moves the same
     bytes for each. AdamW reads the gradient and reads and writes parameters and two moments.
@@ -98,7 +98,7 @@ def train_step(config: RunConfig) -> Cost:
 
 
 def forward(config: ModelConfig, batch_size: int) -> Cost:
-    """The teacher-forced forward pass over whole contexts."""
+    """Return the cost of the teacher-forced forward pass over whole contexts."""
     blocks = config.blocks
     if config.kind == "vanilla":
         run = _stack(config, config.decoder, batch_size, blocks, blocks)
@@ -112,7 +112,7 @@ def forward(config: ModelConfig, batch_size: int) -> Cost:
 
 
 def extend(config: ModelConfig, batch_size: int, blocks: int, slots: int) -> Cost:
-    """Prefill of `blocks` blocks a row, or with 1 the block step, in a cache of `slots` blocks."""
+    """Return the cost of a prefill of `blocks` blocks a row; with 1, of the block step."""
     group = config.embeddings_per_block
     if config.kind == "vanilla":
         return _stack(config, config.decoder, batch_size, blocks, slots)
@@ -122,7 +122,7 @@ def extend(config: ModelConfig, batch_size: int, blocks: int, slots: int) -> Cos
 
 
 def start_block(config: ModelConfig, batch_size: int) -> Cost:
-    """From a context embedding to the logits of the first token of its block."""
+    """Return the cost from a context embedding to the logits of its block's first token."""
     cost = _classifier(config, batch_size)
     if config.kind == "block":
         cost += _expand(config, batch_size)
@@ -131,7 +131,7 @@ def start_block(config: ModelConfig, batch_size: int) -> Cost:
 
 
 def step_token(config: ModelConfig, batch_size: int) -> Cost:
-    """From a token to the logits of the next one in its block."""
+    """Return the cost from a token to the logits of the next one in its block."""
     if config.kind == "vanilla":
         raise ValueError("config.kind: a vanilla model has no token decoder; use a block model")
     stack = _token_stack(config, batch_size, 1, _token_slots(config))
@@ -139,7 +139,7 @@ def step_token(config: ModelConfig, batch_size: int) -> Cost:
 
 
 def decode_block(config: ModelConfig, batch_size: int, slots: int) -> Cost:
-    """A block step and its K token steps: K new tokens a row."""
+    """Return the cost of a block step and its K token steps: K new tokens a row."""
     cost = extend(config, batch_size, 1, slots) + start_block(config, batch_size)
     if config.block_length > 1:
         cost += (config.block_length - 1) * step_token(config, batch_size)
@@ -147,7 +147,7 @@ def decode_block(config: ModelConfig, batch_size: int, slots: int) -> Cost:
 
 
 def generate(config: ModelConfig, batch_size: int, prompt_tokens: int, new_tokens: int) -> Cost:
-    """Prompts to `new_tokens` tokens more, with a cache as large as they need."""
+    """Return the cost of `new_tokens` more tokens after prompts, in the smallest cache."""
     length = config.block_length
     prompt, new = -(-prompt_tokens // length), -(-new_tokens // length)
     slots = prompt + new - 1  # nobody continues the last block
@@ -229,14 +229,16 @@ def _stack(
     size, width = _itemsize(config), stack.width
     wide, narrow, hidden = stack.query_width, stack.kv_width, stack.mlp_size
     rows = sequences * queries
-    up = 2 * hidden if stack.mlp == "swiglu" else hidden
+    # One product for queries, keys and values, unless the queries are grouped.
+    projected = [3 * wide] if wide == narrow else [wide, 2 * narrow]
+    projected += [hidden] * (2 if stack.mlp == "swiglu" else 1)
     layer = (
-        _product(rows, width, wide + 2 * narrow, size)
-        + _attend(sequences, queries, slots, wide, narrow, size)
+        _attend(sequences, queries, slots, wide, narrow, size)
         + _product(rows, wide, width, size)
-        + _product(rows, width, up, size)
         + _product(rows, hidden, width, size)
     )
+    for outputs in projected:
+        layer += _product(rows, width, outputs, size)
     if memory:
         layer += (
             _product(rows, width, wide, size)
@@ -279,7 +281,7 @@ def _token_stack(config: ModelConfig, blocks: int, queries: int, slots: int) -> 
 
 
 def _decode_blocks(config: ModelConfig, blocks: int) -> Cost:
-    """The teacher-forced token decoder."""
+    """Return the cost of the teacher-forced token decoder."""
     slots = _token_slots(config)
     return (
         _expand(config, blocks)

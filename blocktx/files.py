@@ -235,7 +235,3 @@ class AppendLog:
         self.flush()
         if self._file is not None:
             self._file.close()
-
-
-# The names before the rename, for branches under way.
-write_whole, Lines = write_atomic, AppendLog

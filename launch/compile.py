@@ -1,4 +1,4 @@
-"""Compile a run's programs for chips that are not there, and say what they will cost.
+"""Compile a run's programs for absent chips, and report their cost.
 
     python launch/compile.py --config=configs/paper.py:block_1b4 --topology=v5e:16x16
 

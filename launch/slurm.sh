@@ -28,7 +28,8 @@ Options:
 
 Example:
   launch/slurm.sh --nodes=2 --time=24:00:00 -- \
-      --config=configs/paper.py:block_170m --workdir=/shared/runs/block_170m
+      --config=configs/paper.py:block_170m --workdir=/shared/runs/block_170m \
+      --config.data.source=/shared/texts
 USAGE
 }
 

@@ -143,8 +143,7 @@ setup() {
   fi
   local root archive
   root=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse --show-toplevel)
-  archive=${TMPDIR:-/tmp}/blocktx-$name.tar.gz
-  [[ -n $dry_run ]] || archive=$(mktemp -d -t blocktx.XXXXXXXX)/blocktx-$name.tar.gz
+  archive=$(git -C "$root" rev-parse --absolute-git-dir)/blocktx-$name.tar.gz  # nobody else's folder
   run git -C "$root" archive --format=tar.gz --output="$archive" HEAD
   run "${queue[@]}" scp "$archive" "$name:blocktx.tar.gz" "${where[@]}" --node=all --worker=all
   # The images come with an older Python; uv brings its own.

@@ -204,8 +204,9 @@ def test_flops_of_decoding_are_those_of_its_products(config):
     context = jnp.zeros((3, width))
     first = flops("start_block", context, token_cache)
     if config.kind == "block" and config.conditioning == "cross_attention":
-        width = config.token_decoder.width
-        first += 2 * (2 * width * 3 * width)  # the rows share the first projection of BOS
+        stack = config.token_decoder
+        projected = stack.query_width + 2 * stack.kv_width
+        first += 2 * (2 * stack.width * projected)  # the rows share the first projection of BOS
     assert first == cost.start_block(config, 3).flops
     if config.block_length > 1:
         tokens = jnp.zeros(3, jnp.int32)

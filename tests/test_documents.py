@@ -11,7 +11,10 @@ import typing
 
 import pytest
 
-from blocktx.config import RunConfig, VanillaConfig
+from blocktx.config import RunConfig, StackConfig, VanillaConfig
+from blocktx.convert import save_folder, to_hf
+from blocktx.model import build
+from tests.helpers.random_weights import random_params
 from tests.helpers.scored_models import BLOCK, save_run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -154,11 +157,14 @@ def test_python_runs(text, run, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder in which runs/quickstart is a run with random weights."""
+    """A folder in which runs/quickstart is a run, and smollm2 a model, with random weights."""
     folder = tmp_path_factory.mktemp("documents")
     path = save_run(folder, dataclasses.replace(BLOCK, context_length=256))
     (folder / "runs").mkdir()
     (folder / "runs" / "quickstart").symlink_to(path)
+    decoder = StackConfig.llama(2, 32, 4, key_value_heads=2)
+    llama = build(VanillaConfig(vocab_size=50, context_length=32, decoder=decoder))
+    save_folder(folder / "smollm2", *to_hf(llama, random_params(llama)))
     return folder
 
 

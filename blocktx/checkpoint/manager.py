@@ -231,6 +231,7 @@ _FREE = {
     "config.data.verify_shards",
     *(f"config.model.{name}" for name in ("remat", "platform", "initializer_range")),
 }
+_FREE_SECTION = "config.model.formulations"
 
 
 def _fixed_fields(config: RunConfig) -> dict[str, Any]:
@@ -240,7 +241,8 @@ def _fixed_fields(config: RunConfig) -> dict[str, Any]:
     def walk(name: str, node: Any) -> None:
         if isinstance(node, dict):
             for key, value in node.items():
-                walk(f"{name}.{key}", value)
+                if name != _FREE_SECTION:
+                    walk(f"{name}.{key}", value)
         elif name not in _FREE:
             fields[name] = node
 

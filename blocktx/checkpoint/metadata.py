@@ -17,8 +17,8 @@ from blocktx.config import (
     RunConfig,
     UserError,
     from_saved,
-    portable,
     to_saved,
+    without_execution,
 )
 from blocktx.files import is_bucket
 
@@ -137,7 +137,7 @@ def parse_metadata(where: str, metadata: Any, *, verify: bool = True) -> Metadat
 def _seal(metadata: Mapping[str, Any]) -> str:
     """Return the digest of metadata without its own digest, nulls and execution choices."""
     rest = {k: v for k, v in metadata.items() if k != "digest" and v is not None}
-    return json_digest(rest | {"config": portable(rest["config"])})
+    return json_digest(rest | {"config": without_execution(rest["config"])})
 
 
 def check_arrays(

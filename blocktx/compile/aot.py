@@ -1,4 +1,4 @@
-"""Compiles the programs of a run for chips that are not there, and says what they will cost."""
+"""Ahead-of-time compilation of a run's programs for absent chips, and their cost."""
 
 import dataclasses
 import functools
@@ -44,11 +44,11 @@ _OPTIONS = {
 
 
 class DoesNotFit(ValueError):
-    """The program needs more memory than a chip has; the message says how much, and what helps."""
+    """A program needs more memory than a chip has. The message says how much, and what helps."""
 
 
 def compile_train_step(config: RunConfig, topology: Topology) -> Report:
-    """The training step of `config` on all chips of `topology`; of distillation its last stage.
+    """Compile the training step of `config` for all chips; of distillation, its last stage.
 
     Raises:
       DoesNotFit: the compiler says so, or the bytes do.
@@ -152,7 +152,7 @@ def compile_decoding(
 
 @dataclasses.dataclass(frozen=True)
 class _Compilation:
-    """What is known of a program before it is compiled."""
+    """Facts of a program before it is compiled."""
 
     program: str
     model: ModelConfig
@@ -258,7 +258,7 @@ def _placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
 
 
 def _part(program: Program, name: str) -> Computation | None:
-    """Of a program that generates: the loop's body, whose iterations are counted as they come."""
+    """Return the body of the loop of a program that decodes, else None."""
     return program.open_loops()[0][1] if name == "decode" else None
 
 

@@ -50,7 +50,7 @@ class Program:
     def executed(
         self, computation: Computation | None = None, *, all_branches: bool = False
     ) -> Iterator[Executed]:
-        """What runs in a computation (None: the whole program) and in loops and calls in it.
+        """Yield what runs in a computation (None: the program), loops and calls included.
 
         The inside of a fusion is not entered. A loop whose number of iterations is decided while it
         runs counts once. Of a conditional, the first branch runs, which is that of a false
@@ -85,7 +85,7 @@ class Program:
                     )
 
     def iterations(self, loop: Operation) -> int | None:
-        """How often a `while` runs; None if that is decided while it runs.
+        """Return the iterations of a `while`; None if they are not static.
 
         Some backends say so. Otherwise it is what the condition compares the counter with, which
         begins at 0 as all of `jax.lax.scan` do.
@@ -119,7 +119,7 @@ class Program:
         ]
 
     def depends_on_parameters_alone(self, computation: Computation, name: str) -> bool:
-        """Whether a value is made of nothing but arguments called `params`, and constants.
+        """Return whether a value depends only on arguments called `params`, and constants.
 
         That tells the gathering of a weight from that of an activation.
         """
@@ -146,7 +146,7 @@ class Program:
         return found
 
     def _made_of(self, computation: Computation, name: str, index: int | None):
-        """The values that one is made of; of a tuple, the element `index`."""
+        """Yield the values that a value, or a tuple's element `index`, is computed from."""
         operation = computation.operations[name]
         operands = operation.operands
         if operation.opcode == "get-tuple-element":

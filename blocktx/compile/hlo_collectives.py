@@ -1,4 +1,4 @@
-"""What the chips of a compiled program tell each other, and for which part of the model."""
+"""Collectives of a compiled program, and the parts of the model that they serve."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ class Collective:
 
 
 def collectives(program: Program, within: Computation | None = None) -> list[Collective]:
-    """All collectives, those of every branch of a conditional among them, greatest first."""
+    """Return all collectives, largest first, including those of every branch."""
     sizes = _parameter_sizes(program)
     found: dict[tuple[str, ...], list[int]] = {}
     for done in program.executed(within, all_branches=True):
@@ -109,7 +109,7 @@ def _describe(
 
 
 def _users_name(done: Executed) -> str:
-    """The origin of what uses a result, which may have none of its own."""
+    """Return the origin of the user of a result, which may have none of its own."""
     waiting, seen = [done.operation.name], set()
     while waiting:
         name = waiting.pop(0)
@@ -147,7 +147,7 @@ def _parameter_sizes(program: Program) -> set[int]:
 
 
 def _group_size(operation: Operation, shapes: Iterable[Shape], operands: Iterable[Shape]) -> int:
-    """How many chips take part in one of the groups of a collective."""
+    """Return the number of chips in a group of a collective."""
     text = operation.attributes
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return match[1].count(",") + 1

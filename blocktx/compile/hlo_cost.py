@@ -1,4 +1,4 @@
-"""What a compiled program does on one chip: FLOPs, memory traffic, estimated cycles.
+"""Work of a compiled program on one chip: FLOPs, memory traffic, estimated cycles.
 
 XLA's own `cost_analysis` counts a loop's body once; here it counts as often as it runs.
 """
@@ -37,12 +37,12 @@ def flops(program: Program, within: Computation | None = None) -> int:
 
 
 def hbm_bytes(program: Program, within: Computation | None = None) -> int:
-    """Bytes read from and written to memory outside the chip, if no cache helps."""
+    """Return the bytes read from and written to HBM, without caches."""
     return sum(done.times * _traffic(program, done) for done in program.executed(within))
 
 
 def cycles(program: Program, chip: Chip, within: Computation | None = None) -> int | None:
-    """The TPU compiler's estimate, which knows nothing of waiting for memory or other chips.
+    """Return the TPU compiler's estimate, which excludes waits for memory and other chips.
 
     Of its kernels (Pallas) it has none: they count by the greater of their FLOPs and bytes. None if
     the text has no estimate at all, as for other chips.
@@ -173,7 +173,7 @@ def _fusion_traffic(program: Program, fusion: Operation, operands: list) -> int:
             users.setdefault(name, []).append(op)
 
     def read(name: str) -> int:
-        """Bytes of a value that are read: where only slices of it are used, theirs."""
+        """Return the bytes of a value that are read: of its slices, if only they are used."""
         total, full = 0, called.operations[name].shapes[0].bytes
         for user in users.get(name, []):
             if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:

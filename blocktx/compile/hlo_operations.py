@@ -53,7 +53,7 @@ class Operation:
         return tuple(parse_shape(match) for match in _SHAPE.finditer(self.type))
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=value`: one word or number, or what is in its curly brackets."""
+        """Return the value of `name=value`: a word, a number, or the contents of braces."""
         match = re.search(
             rf'(?:^|[\s,{{]){name}=(?:\{{([^{{}}]*)\}}|"([^"]*)"|%?([\w.\-:>]+))', self.attributes
         )
@@ -62,13 +62,13 @@ class Operation:
         )
 
     def number(self, name: str) -> int | None:
-        """A number in the backend's configuration: `"name":"5"`, `"name":5` or `{"n":"5"}`."""
+        """Return a number of the backend config: `"name":"5"`, `"name":5` or `{"n":"5"}`."""
         match = re.search(rf'"{name}":(?:\{{"n":)?"?(\d+)', self.attributes)
         return int(match[1]) if match else None
 
     @property
     def op_name(self) -> str:
-        """Where the operation comes from: JAX's name stack, or for a parameter the argument."""
+        """Return the origin of the operation: JAX's name stack, or a parameter's argument."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return match[1].replace("\\'", "'") if match else ""
 
@@ -79,7 +79,7 @@ class Operation:
 
     @property
     def called(self) -> str | None:
-        """The computation that a fusion, call or asynchronous start consists of."""
+        """Return the computation of a fusion, call or asynchronous start."""
         return self.attribute("calls") or self.attribute("to_apply")
 
 

@@ -1,4 +1,4 @@
-"""What is known of a compiled program: figures of one chip, as a table and as JSON."""
+"""Report of a compiled program: figures of one chip, as a table and as JSON."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Report:
       products: FLOPs of the model's matrix products (`blocktx.cost`).
       flops: those of the matrix products in the program, some of which may be made twice.
       bytes_accessed: in memory outside the chip, if no cache helps.
-      collectives: what chips tell each other.
+      collectives: communication between chips.
       seconds: the least time of `products`, `bytes_accessed` and the collectives' bytes.
       roofline: seconds that no program for this model can go below: of `products` when training,
         else the greater of those of products and of weights and cache (`blocktx.cost`).

@@ -1,4 +1,4 @@
-"""Devices of a TPU slice or a GPU host that is not there, for compilers to make programs for.
+"""Devices of an absent TPU slice or GPU host, to compile for.
 
 `v5e:4x4` is a TPU slice of that shape, through the compiler in `libtpu`; `h100:8` is so many GPUs
 of one host, through JAX's CUDA plugin. Neither needs the hardware, a driver, or an environment.
@@ -47,7 +47,7 @@ _TARGETS = pathlib.Path(__file__).parent / "gpu_targets"
 
 
 class Topology(NamedTuple):
-    """Devices of one kind, for `blocktx.parallel.sharding.create_mesh`.
+    """Devices of one kind, for `blocktx.parallel.create_mesh`.
 
     `platform` is what `config.model.platform` must be.
     """
@@ -59,9 +59,9 @@ class Topology(NamedTuple):
 
 
 def find_topology(name: str, target_config: str | os.PathLike[str] | None = None) -> Topology:
-    """The devices that `name` stands for.
+    """Return the devices of a topology.
 
-    JAX itself is kept to the CPU, where it has not begun to use something else.
+    Restricts JAX to the CPU, unless it is initialised already.
 
     Args:
       name: such as `v5e:16x16` or `h100:8`.

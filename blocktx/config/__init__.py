@@ -31,7 +31,7 @@ from blocktx.config.run import (
     RunConfig,
     TrainingConfig,
 )
-from blocktx.config.saved import FORMAT_VERSION, from_saved, portable, to_saved
+from blocktx.config.saved import FORMAT_VERSION, from_saved, to_saved, without_execution
 from blocktx.config.stack import RotaryScaling, StackConfig
 
 __all__ = [
@@ -60,9 +60,9 @@ __all__ = [
     "from_config_dict",
     "from_saved",
     "is_storage_full",
-    "portable",
     "to_config_dict",
     "to_dict",
     "to_saved",
     "user_errors",
+    "without_execution",
 ]

@@ -16,7 +16,8 @@ class Formulations:
 
     Attributes:
       self_attention: over a whole sequence. plain: all scores at once. splash: a Pallas kernel for
-        TPU that stores no scores; for 128 positions and more.
+        TPU that stores no scores; for 128 positions and more. cudnn: NVIDIA's flash attention, for
+        bfloat16, whole sequences and heads of 8 to 128 channels; real positions must be contiguous.
       token_attention: over the positions of one block. pallas: a kernel for TPU.
       cached_attention: over a cache of many slots. by_head: one product a head. head_by_head: the
         heads in a loop, so that no copy of the cache is larger than one head. block_diagonal: all
@@ -30,11 +31,11 @@ class Formulations:
       narrow_layers: stacks of width below 1024. unrolled: no loop over layers.
       kernels: weights of a wider dtype than the computation's. cast_first: once, before products.
       sampler: chunked: argmax and categorical draws by sums of chunks.
-      pallas: interpreted: kernels run without their hardware, slowly.
+      pallas: interpreted: kernels run without their hardware, slowly, and cudnn as XLA.
       prefill_positions: positions of prompts that a device reads at once.
     """
 
-    self_attention: Literal["auto", "plain", "splash"] = "auto"
+    self_attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"
     token_attention: Literal["auto", "plain", "pallas"] = "auto"
     cached_attention: Literal["auto", "by_head", "head_by_head", "block_diagonal"] = "auto"
     token_cached_attention: Literal["auto", "by_head", "elementwise"] = "auto"
@@ -81,7 +82,7 @@ _PLAIN: dict[str, Any] = dict(
     prefill_positions=1024,
 )
 
-_GPU = _PLAIN | dict(prefill_positions=16_384)
+_GPU = _PLAIN | dict(self_attention="cudnn", prefill_positions=16_384)
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # The prefill keeps within a CPU's cache.

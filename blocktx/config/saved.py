@@ -64,11 +64,19 @@ def from_saved(saved: Mapping[str, Any], format_version: int) -> RunConfig:
             return True
         return _ADDED.get(f"{cls.__name__}.{field}", 2) <= format_version
 
-    return build_config(portable(saved), has)
+    return build_config(_portable(saved), has)
 
 
-def portable(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the nested dicts of a config without execution choices."""
+def without_execution(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the nested dicts of a config without the fields of execution choices."""
+    model = saved.get("model") if isinstance(saved, Mapping) else None
+    if not isinstance(model, Mapping):
+        return saved
+    return {**saved, "model": {k: x for k, x in model.items() if k not in _EXECUTION}}
+
+
+def _portable(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the nested dicts of a config with execution choices at their defaults."""
     model = saved.get("model") if isinstance(saved, Mapping) else None
     if not isinstance(model, Mapping):
         return saved

@@ -9,9 +9,11 @@ from blocktx.model.cache import LayerCache
 from blocktx.model.layers import Heads, Norm, linear
 from blocktx.ops import (
     attend,
+    attend_cudnn,
     attend_short,
     attend_splash,
     choose_attention,
+    fits_cudnn,
     fits_short,
     fits_splash,
     rotary,
@@ -85,6 +87,10 @@ class Attention(nn.Module):
             q_k_v = self._rotated_apart(x_TxD, position_T)
             interpret = chosen.pallas == "interpreted"
             y_TxHxC = attend_splash(*q_k_v, mask_TxT[-1], interpret=interpret)
+        elif uses_cudnn(self.config, self.stack) and not self.window:
+            q_k_v = self.rotated(x_TxD, position_T)
+            emulate = chosen.pallas == "interpreted"
+            y_TxHxC = attend_cudnn(*q_k_v, mask_TxT[-1].sum(), emulate=emulate)
         else:
             q_k_v = self.rotated(x_TxD, position_T)
             # Scores and weights are larger than their inputs: cheaper recomputed on TPU.
@@ -204,6 +210,13 @@ class Attention(nn.Module):
         """Project heads, apart or side by side."""
         y_TxHxC = y.reshape(-1, self.stack.heads, self.stack.head_size)
         return self.out(y_TxHxC.astype(self.config.compute_dtype))
+
+
+def uses_cudnn(config: ModelConfig, stack: StackConfig) -> bool:
+    """Whether self-attention over a whole sequence is by cuDNN."""
+    causal = config.embeddings_per_block == 1
+    chosen = config.formulations.self_attention == "cudnn"
+    return chosen and causal and fits_cudnn(stack, config.compute_dtype)
 
 
 def _out(config: ModelConfig, stack: StackConfig) -> nn.DenseGeneral:

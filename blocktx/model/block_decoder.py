@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.config import ModelConfig, StackConfig
+from blocktx.model.attention import uses_cudnn
 from blocktx.model.cache import Cache, causal_mask
 from blocktx.model.stack import Stack
 
@@ -47,7 +48,15 @@ class BlockDecoder(nn.Module):
         alone_Tx1 = ~mask_TxT.any(-1, keepdims=True)
         mask_TxT |= alone_Tx1 & jnp.eye(position_T.size, dtype=bool)
         x_TxD = embeddings_NxnxD.reshape(-1, width)
-        contexts_TxD, kept_TxD = self.stack(x_TxD, position_T, mask_TxT, keep=layer)
+        if not uses_cudnn(self.config, self.stack_config):
+            contexts_TxD, kept_TxD = self.stack(x_TxD, position_T, mask_TxT, keep=layer)
+            return contexts_TxD.reshape(blocks, -1), kept_TxD
+        # cuDNN takes the number of real positions, which come first: leading padding goes last.
+        leading = jnp.argmax(real_N)
+        mask_1xT = jnp.roll(real_N, -leading)[None]
+        position_T = jnp.roll(position_T, -leading)
+        outputs = self.stack(jnp.roll(x_TxD, -leading, axis=0), position_T, mask_1xT, keep=layer)
+        contexts_TxD, kept_TxD = (None if x is None else jnp.roll(x, leading, 0) for x in outputs)
         return contexts_TxD.reshape(blocks, -1), kept_TxD
 
     def extend(

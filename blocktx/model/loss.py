@@ -12,7 +12,7 @@ from blocktx.model.build import Model
 def loss_by_position(
     model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums of the loss and numbers of the tokens that it is over, for each position in a block.
+    """Return the summed loss and the number of its tokens, for each position in a block.
 
     Scored are the real tokens of blocks 1 to N-1 that have a real token in an earlier block: the
     first block is never predicted. A vanilla model takes the same batches, with K = 1.
@@ -27,7 +27,7 @@ def loss_by_position(
 def token_losses(
     model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The loss of each token of blocks 1 to N-1, before `loss_by_position` sums it.
+    """Return the loss of each token of blocks 1 to N-1, which `loss_by_position` sums.
 
     Returns:
       Float32 `[B, N-1, K]` nats, 0 where nothing is scored, and bool `[B, N-1, K]`, what is scored.
@@ -41,7 +41,7 @@ def token_losses(
 def next_logits(
     model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
 ) -> jax.Array:
-    """Float32 logits `[B, N-1, K, V]` of blocks 1 to N-1; of a vanilla model too, with K = 1."""
+    """Return float32 logits `[B, N-1, K, V]` of blocks 1 to N-1; K is 1 for vanilla models."""
     if model.config.kind == "block":
         return model.apply({"params": params}, tokens_BxNxK, mask_BxNxK)
     logits_BxTxV = model.apply({"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0])
@@ -49,7 +49,7 @@ def next_logits(
 
 
 def loss_mask(mask_BxNxK: jax.Array) -> jax.Array:
-    """Bool `[B, N-1, K]`, True for the tokens of blocks 1 to N-1 that a loss is over."""
+    """Return bool `[B, N-1, K]`, True for the scored tokens of blocks 1 to N-1."""
     begun_BxN = jnp.cumsum(mask_BxNxK.any(-1), axis=1) > 0
     return mask_BxNxK[:, 1:] & begun_BxN[:, :-1, None]
 

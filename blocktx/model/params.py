@@ -45,7 +45,7 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `unstack_layers`."""
+    """Invert `unstack_layers`."""
     out = {
         name: stack_layers(value) if isinstance(value, dict) else value
         for name, value in params.items()

@@ -16,16 +16,25 @@ Arrays in, arrays out: no Flax, no parameters.
 from blocktx.ops.attention import attend, choose_attention, repeat_heads
 from blocktx.ops.cross_entropy import cross_entropy_sum
 from blocktx.ops.gelu import gelu
-from blocktx.ops.kernels import attend_short, attend_splash, fits_short, fits_splash
+from blocktx.ops.kernels import (
+    attend_cudnn,
+    attend_short,
+    attend_splash,
+    fits_cudnn,
+    fits_short,
+    fits_splash,
+)
 from blocktx.ops.norm import normalize
 from blocktx.ops.rotary import rotary, rotary_by_head, rotary_by_product
 
 __all__ = [
     "attend",
+    "attend_cudnn",
     "attend_short",
     "attend_splash",
     "choose_attention",
     "cross_entropy_sum",
+    "fits_cudnn",
     "fits_short",
     "fits_splash",
     "gelu",

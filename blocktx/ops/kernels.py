@@ -1,4 +1,4 @@
-"""Attention kernels for TPU: when they apply, and their import on first use.
+"""Attention kernels of accelerators: when they apply, and their import on first use.
 
 Importing Pallas takes a second, which only programs that use it should pay.
 """
@@ -6,6 +6,7 @@ Importing Pallas takes a second, which only programs that use it should pay.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from blocktx.config import StackConfig
 
@@ -19,12 +20,40 @@ def fits_splash(positions: int) -> bool:
     return positions >= SPLASH_TILE
 
 
+def fits_cudnn(stack: StackConfig, dtype: str) -> bool:
+    """Whether `attend_cudnn` applies."""
+    return dtype == "bfloat16" and stack.head_size % 8 == 0 and stack.head_size <= 128
+
+
 def fits_short(stack: StackConfig, positions: int) -> bool:
     """Whether `attend_short` applies: few positions, and whole heads in whole tiles."""
     size = stack.head_size
     whole = size % LANES == 0 or LANES % size == 0
     few = positions <= _MAX_POSITIONS
     return few and whole and stack.query_width % max(LANES, size) == 0 and not stack.qk_norm
+
+
+def attend_cudnn(
+    q_TxHxC: jax.Array, k_TxGxC: jax.Array, v_TxGxC: jax.Array, count: jax.Array, *, emulate: bool
+) -> jax.Array:
+    """Return causal attention `[T, H, C]` over a sequence by cuDNN, which stores no scores.
+
+    Args:
+      q_TxHxC: queries, after rotary positions.
+      k_TxGxC, v_TxGxC: keys, after rotary positions, and values.
+      count: the keys that are real, the first so many. The rest is padding. A boolean mask would be
+        materialised as a bias.
+      emulate: compute the same by XLA, without a GPU.
+    """
+    count = count.astype(jnp.int32)[None]
+    # JAX 0.10 cannot batch it over lengths that are not batched, as a constant is not.
+    lengths = dict(query_seq_lengths=len(q_TxHxC) + 0 * count, key_value_seq_lengths=count)
+    q_k_v = (x[None] for x in (q_TxHxC, k_TxGxC, v_TxGxC))
+    implementation = "xla" if emulate else "cudnn"
+    y_1xTxHxC = jax.nn.dot_product_attention(
+        *q_k_v, is_causal=True, implementation=implementation, **lengths
+    )
+    return y_1xTxHxC[0]
 
 
 def attend_splash(*args: jax.Array, interpret: bool) -> jax.Array:

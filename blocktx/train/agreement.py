@@ -70,9 +70,10 @@ def require_agreement(facts: Mapping[str, object], problem: Exception | None = N
     for row, (name, value) in enumerate(values.items()):
         others = np.flatnonzero((all_PxFxB[:, row] != all_PxFxB[0, row]).any(-1))
         if others.size:
+            here = f" (here it is {value})" if len(str(value)) < 200 else ""
             raise UserError(
                 f"{name}: that of process {_listed(others)} differs from that of process 0; give "
-                f"all hosts the same command and a workdir that all see (here it is {value})"
+                f"all hosts the same command and a workdir that all see{here}"
             )
 
 

@@ -38,6 +38,7 @@ class RunLock:
         self._file: int | None = None
         self._created: list[epath.Path] = []
         self._left, self._lost = threading.Event(), False
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "RunLock":
         try:
@@ -56,6 +57,8 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
+        if self._thread is not None:  # or it could write the file again after its removal
+            self._thread.join(timeout=_BEAT)
         with contextlib.suppress(OSError):
             if self._file is not None:
                 os.unlink(self._path)  # while it is locked
@@ -113,7 +116,8 @@ class RunLock:
         time.sleep(0.5)  # of two that come at once, the one that writes last stays
         if self._read().get("id") != self._owner["id"]:
             raise self._taken(self._read())
-        threading.Thread(target=self._keep_beating, daemon=True).start()
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True)
+        self._thread.start()
 
     def _keep_beating(self) -> None:
         count = 0

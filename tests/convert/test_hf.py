@@ -43,7 +43,18 @@ def test_logits_and_greedy_text_of_transformers(case):
     np.testing.assert_array_equal(likeliest[:, start - 1 : full.shape[1] - 1], full[:, start:])
 
 
-@pytest.mark.parametrize("case", ["llama31_rope", "qwen3", "neox_sequential"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama_gqa",
+        "llama31_rope",
+        "smollm2_like",
+        "qwen25",
+        "qwen3",
+        "neox_sequential",
+        "neox_nobias",
+    ],
+)
 def test_greedy_text_after_prompts_of_different_lengths(case):
     model, params = for_decoding(*load(hf_models.path(case)))
     expected = hf_models.expected(case)

@@ -132,7 +132,9 @@ def test_setup_copies_this_commit_to_every_worker(programs):
     describe, scp, ssh = programs.calls()
     queue = ["gcloud", "compute", "tpus", "queued-resources"]
     assert describe == [*queue, "describe", "p", ZONE, "--format=value(state.state)"]
-    (archive,) = pathlib.Path(programs.env["TMPDIR"]).glob("blocktx.*/blocktx-p.tar.gz")
+    git = ["git", "-C", ROOT, "rev-parse", "--absolute-git-dir"]  # a folder that is not shared
+    folder = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    archive = pathlib.Path(folder) / "blocktx-p.tar.gz"
     everywhere = [ZONE, "--node=all", "--worker=all"]
     assert scp == [*queue, "scp", str(archive), "p:blocktx.tar.gz", *everywhere]
     assert ssh[:-1] == [*queue, "ssh", "p", *everywhere]
@@ -238,11 +240,15 @@ def test_slurm_starts_a_process_for_each_gpu(programs, tmp_path):
     assert call[0] == "sbatch"
     for flag in ("--nodes=1", "--gpus-per-node=8", "--ntasks-per-node=8", "--signal=TERM@120"):
         assert flag in call
+    assert f"--output={ROOT}/blocktx-%j.log" in call
+    local = ("--", "--config=a.py", f"--workdir={tmp_path}/run")
+    assert f"--output={tmp_path}/run/blocktx-%j.log" in only_call(programs, "slurm.sh", *local)
+    assert (tmp_path / "run").is_dir()  # in which training begins a run, and resumes it
     assert not any(flag.startswith("--gpus-per-task") for flag in call)
     assert (job.returncode, calls) == (0, [])
     assert (tmp_path / "calls.srun").read_text() == (
-        f"--kill-on-bad-exit=1 {ROOT}/.venv/bin/python launch/train.py --config=a.py:b "
-        "--workdir=gs://bucket/my run --config.data.source=it's --resume\n"
+        f"--kill-on-bad-exit=1 --cpus-per-task=8 {ROOT}/.venv/bin/python launch/train.py "
+        "--config=a.py:b --workdir=gs://bucket/my run --config.data.source=it's --resume\n"
     )
 
 
@@ -320,3 +326,8 @@ def test_shellcheck_finds_nothing():
         [SHELLCHECK, *scripts, ROOT / ".ci" / "run"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_an_image_of_the_clone_leaves_out_what_git_ignores():
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {*ignored, ".git/"} <= set((ROOT / ".dockerignore").read_text().split())

@@ -50,7 +50,7 @@ def results(config, formulations):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (2, config.blocks, 1))
     mask = np.ones(tokens.shape, bool)
-    mask[0, 3] = False
+    mask[0, :3] = mask[1, -4:] = False
 
     def loss(params):
         return training_sums(model, params, tokens, mask, LossConfig())["loss"]
@@ -104,3 +104,20 @@ def test_building_does_not_change_the_config():
     assert model.formulations == Formulations().resolved(jax.default_backend())
     other = build(dataclasses.replace(config, platform="tpu"))
     assert other.formulations.self_attention == "splash"
+
+
+@pytest.mark.parametrize("leading", [0, 5])
+def test_cudnn_attends_to_real_positions_alone(leading):
+    """Its algebra, computed by XLA: lengths in place of masks, leading padding moved last."""
+    config = dataclasses.replace(MODELS["vanilla"], scan_layers=False)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
+    mask = np.ones(tokens.shape, bool)
+    mask[0, :leading] = mask[1, 33:] = False
+    logits = []
+    for attention in ("plain", "cudnn"):
+        formulations = dataclasses.replace(PLAIN, self_attention=attention)
+        model = build(dataclasses.replace(config, formulations=formulations))
+        params = random_params(model, 0.1)
+        logits.append(np.asarray(model.apply({"params": params}, tokens, mask))[mask])
+    np.testing.assert_allclose(logits[1], logits[0], atol=0.05 * logits[0].std())
+    assert logits[0].std() > 0.1

@@ -380,6 +380,15 @@ def test_half_the_steps_have_a_schedule_of_their_own(base):
     assert runs["vanilla_half_steps"].training.steps * 2 == runs["vanilla"].training.steps
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_block_length_is_undecided_by_one_seed(base, seeds):
+    study = STUDIES["block_length"](base)
+    losses = {"length_1": 3.0, "length_2": 3.1, "length_4": 3.2, "length_8": 3.3, "vanilla": 2.9}
+    of_seeds = {name: [loss + seed for seed in range(seeds)] for name, loss in losses.items()}
+    found = study.find(made_up(study, of_seeds))  # without a measurement of speed
+    assert verdicts(found) == ["undecided" if seeds == 1 else "agrees"] * 4
+
+
 def test_frontier_interpolates_vanilla(base):
     study = STUDIES["frontier"](base)
     results = made_up(study, {"vanilla": [3.0], "small": [4.0], "length_4": [3.5]})

@@ -177,7 +177,7 @@ def test_commands(first_run, data, get_config, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     for mistake, message in [
         ("uptrain --from=vanilla --method=skip --output=start", "start: exists already"),
-        ("uptrain --from=start --method=skip --output=new", "a block model is what uptrain mak"),
+        ("uptrain --from=start --method=skip --output=new", "uptrain starts from a vanilla model"),
         (
             "uptrain --from=vanilla --method=skip --block_length=5 --block_layers=1 --output=new",
             "error: --block-layers: is for partition only, got 1\n--block-length: 5 does not",
@@ -227,5 +227,5 @@ def test_runs_in_one_plot(tmp_path):
         plot_runs([tmp_path / "one", tmp_path / "none"], path)
     with pytest.raises(ValueError, match="no run to plot"):
         plot_runs([], path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"nowhere: no metrics\.jsonl"):
         plot_runs([tmp_path / "nowhere"], path)

@@ -16,7 +16,7 @@ from blocktx.model.loss import loss_by_position
 from blocktx.train.loop import train
 from blocktx.train.metrics import read
 from blocktx.train.optimizer import optimizer, schedule
-from blocktx.train.step import TrainState, create_state, train_step
+from blocktx.train.step import TrainState, create_state, step_config, train_step
 from tests.helpers.tiny_run import MODEL, STACK, run_config
 
 MODULE = build(MODEL)
@@ -90,6 +90,23 @@ def test_step_compiles_once(finished):
     before = train_step._cache_size()
     train_step(state, batch(1), dataclasses.replace(config), build(config.model))
     assert train_step._cache_size() == before
+
+
+def test_runs_that_differ_in_seed_data_or_logging_share_their_program(finished):
+    config, _, state = finished
+    train_step(jax.tree.map(jnp.copy, state), batch(), step_config(config), MODULE)
+    before = train_step._cache_size()
+    other = dataclasses.replace(
+        config,
+        seed=5,
+        data=dataclasses.replace(config.data, cache_dir="elsewhere"),
+        training=dataclasses.replace(config.training, log_every=7, keep_checkpoints=9),
+    )
+    train_step(jax.tree.map(jnp.copy, state), batch(), step_config(other), MODULE)
+    assert train_step._cache_size() == before
+    rate = dataclasses.replace(config.optimizer, learning_rate=0.5)
+    changed = dataclasses.replace(config, optimizer=rate)
+    assert step_config(changed) != step_config(config)
 
 
 def test_batch_without_scored_tokens(finished):

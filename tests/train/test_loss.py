@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from blocktx.config.model import BlockConfig, StackConfig
+from blocktx.config.errors import UserError
+from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
 from blocktx.config.run import LossConfig, OptimizerConfig, RunConfig, TrainingConfig
 from blocktx.evaluate.heldout import evaluate
 from blocktx.model.build import build
@@ -207,3 +209,11 @@ def test_step_with_losses_of_weight_0_is_the_plain_program():
 def test_evaluation_is_of_the_tokens_alone():
     got = evaluate(NET, PARAMS, [{"tokens": TOKENS, "mask": MASK}], bytes_per_token=1.0)
     np.testing.assert_allclose(got.loss * got.tokens, ours()[0]["loss"], rtol=1e-6)
+
+
+def test_a_vanilla_model_has_no_auxiliary_losses():
+    stack = StackConfig(layers=1, width=16, heads=2)
+    model = build(VanillaConfig(vocab_size=50, context_length=16, decoder=stack))
+    tokens = np.zeros((1, 16, 1), np.int32)
+    with pytest.raises(UserError, match="auto_encoding_loss is for block models only"):
+        training_sums(model, {}, tokens, tokens == 0, LossConfig(auto_encoding=True))

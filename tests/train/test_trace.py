@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -52,7 +53,8 @@ def test_a_libtpu_that_crashes_the_profiler_is_refused(monkeypatch):
     monkeypatch.setattr(trace.importlib.metadata, "version", versions.__getitem__)
     needed = ["ml_dtypes>=0.5", 'libtpu==0.0.42.*; extra == "tpu"']
     monkeypatch.setattr(trace.importlib.metadata, "requires", lambda _: needed)
-    monkeypatch.setattr(jax.config, "jax_platforms", None)
+    settings = types.SimpleNamespace(jax_platforms=None)
+    monkeypatch.setattr(trace.jax, "config", settings)
     with pytest.raises(UserError, match=r"libtpu 0\.0\.52 is installed, and jax .* needs 0\.0\.42"):
         trace.require_matching_libtpu()
     versions["libtpu"] = "0.0.42.1"
