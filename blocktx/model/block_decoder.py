@@ -81,9 +81,11 @@ class BlockDecoder(nn.Module):
         order_T = jnp.arange(blocks * group)
         mask_TxS = causal_mask(order_T, order_T.size, group)
         if seen_S is not None:
-            slots = seen_S.size * group
-            seen_TxS = jnp.broadcast_to(jnp.repeat(seen_S, group), (order_T.size, slots))
-            mask_TxS = jax.lax.dynamic_update_slice_in_dim(seen_TxS, mask_TxS, slot * group, axis=1)
+            # A select, because a slice at a slot of each row is a loop over rows on a TPU.
+            at_S = jnp.arange(seen_S.size * group) - slot * group
+            causal_TxS = at_S < (order_T[:, None] // group + 1) * group
+            new_S = (at_S >= 0) & (at_S < order_T.size)
+            mask_TxS = jnp.where(new_S, causal_TxS, jnp.repeat(seen_S, group))
         x_TxD, cache = self.stack(
             embeddings_NxnxD.reshape(-1, width),
             start * group + order_T,
