@@ -1,4 +1,4 @@
-"""What the accelerators are published to be capable of."""
+"""Published peaks of accelerators."""
 
 import dataclasses
 

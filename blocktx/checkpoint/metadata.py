@@ -28,7 +28,7 @@ _LISTED = 100
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What a checkpoint says of itself.
+    """The metadata item of a checkpoint.
 
     Attributes:
       step: the training step.

@@ -45,7 +45,7 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmbedderConfig:
-    """How the tokens of a block become block embeddings (paper, section 2 and appendix).
+    """Embedder of the tokens of a block (paper, section 2 and appendix).
 
     lookup: the rows of a table, concatenated.
     projection: the rows of a wider table, concatenated and projected.
@@ -206,7 +206,7 @@ class BlockConfig(_ModelConfig):
 
     @property
     def embedder_projects(self) -> bool:
-        """Whether the embedder projects the concatenated vectors."""
+        """Return whether the embedder projects the concatenated vectors."""
         return self.embedder.kind not in ("lookup", *MEAN_KINDS) and not self.embedder.concatenate
 
     @property

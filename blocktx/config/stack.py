@@ -192,12 +192,12 @@ class StackConfig:
 
     @property
     def attention_bias(self) -> bool:
-        """Whether queries, keys and values have a bias."""
+        """Return whether queries, keys and values have a bias."""
         return self.biases in ("all", "qkv")
 
     @property
     def mlp_bias(self) -> bool:
-        """Whether the projections of the MLP have a bias."""
+        """Return whether the projections of the MLP have a bias."""
         return self.biases in ("all", "mlp")
 
 

@@ -106,7 +106,7 @@ class ContinuousDecoder:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a device call was started and not finished."""
+        """Return whether a device call was started and not finished."""
         return self._in_flight is not None
 
     @property

@@ -23,7 +23,7 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the tokens of a row are chosen.
+    """Sampling parameters of a row.
 
     Raises:
       ValueError: a value is outside the range that the message names.

@@ -17,7 +17,7 @@ Speeds = dict[int, tuple[float, float]]  # batch size -> tokens/s of the model a
 
 @dataclasses.dataclass
 class Report:
-    """What was measured of a model and a reference; parts not yet measured are None."""
+    """Measurements of a model and a reference. Parts that are not measured yet are None."""
 
     names: tuple[str, str]
     parameters: tuple[int, int]  # non-embedding

@@ -213,7 +213,7 @@ class Attention(nn.Module):
 
 
 def uses_cudnn(config: ModelConfig, stack: StackConfig) -> bool:
-    """Whether self-attention over a whole sequence is by cuDNN."""
+    """Return whether self-attention over a whole sequence is by cuDNN."""
     causal = config.embeddings_per_block == 1
     chosen = config.formulations.self_attention == "cudnn"
     return chosen and causal and fits_cudnn(stack, config.compute_dtype)

@@ -16,17 +16,17 @@ _MAX_POSITIONS = 16  # all pairs of positions are unrolled
 
 
 def fits_splash(positions: int) -> bool:
-    """Whether `attend_splash` is worthwhile."""
+    """Return whether `attend_splash` is worthwhile."""
     return positions >= SPLASH_TILE
 
 
 def fits_cudnn(stack: StackConfig, dtype: str) -> bool:
-    """Whether `attend_cudnn` applies."""
+    """Return whether `attend_cudnn` applies."""
     return dtype == "bfloat16" and stack.head_size % 8 == 0 and stack.head_size <= 128
 
 
 def fits_short(stack: StackConfig, positions: int) -> bool:
-    """Whether `attend_short` applies: few positions, and whole heads in whole tiles."""
+    """Return whether `attend_short` applies: few positions, and whole heads in whole tiles."""
     size = stack.head_size
     whole = size % LANES == 0 or LANES % size == 0
     few = positions <= _MAX_POSITIONS

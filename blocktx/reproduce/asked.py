@@ -1,4 +1,4 @@
-"""What a result was asked for: the description it is stored with, and when two of them agree."""
+"""Descriptions that results are stored with, and their comparison."""
 
 import dataclasses
 import json

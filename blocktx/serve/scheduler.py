@@ -22,7 +22,7 @@ _log = logging.getLogger("blocktx.serve")
 
 
 class Event(NamedTuple):
-    """What happened to a job."""
+    """An event of a job."""
 
     text: str = ""
     tokens: Sequence[int] = ()  # new ones
@@ -95,7 +95,7 @@ class Scheduler:
 
     @property
     def accepting(self) -> bool:
-        """Whether jobs are accepted."""
+        """Return whether jobs are accepted."""
         return not (self._draining or self._stopped or self._failure)
 
     @property

@@ -116,7 +116,7 @@ _MATRICES = {
 
 
 def _muon_axes(params: optax.Params) -> optax.Params:
-    """How muon reads each parameter as a matrix; None where it is AdamW."""
+    """Return the matrix dimensions of each parameter for muon; None where it is AdamW."""
 
     def axes(path: tuple[jax.tree_util.DictKey, ...], x: jax.Array) -> Any:
         names = _MATRICES.get(path[-2].key) if path[-1].key == "kernel" else None
