@@ -6,7 +6,11 @@ import pathlib
 from collections.abc import Callable
 
 # Most of the suite's time is compilation; results are the same to the tests' tolerances.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    # MLIR emitters take two thirds of the time to compile for a CPU.
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    )
 
 import jax
 import pytest
@@ -14,6 +18,30 @@ import pytest
 from blocktx.config.run import DataConfig
 from blocktx.train.loop import train
 from tests.helpers.tiny_run import run_config, write_corpus
+
+# Files that take longest, which workers are given first.
+LONG = (
+    "tests/train/test_multihost.py",
+    "tests/model/test_formulations.py",
+    "tests/parallel/test_sharding.py",
+    "tests/train/test_distill.py",
+    "tests/model/test_golden.py",
+    "tests/reproduce/test_reproduce.py",
+    "tests/model/test_variants.py",
+    "tests/train/test_endings.py",
+    "tests/train/test_loop.py",
+    "tests/decode/test_continuous.py",
+    "tests/decode/test_platforms.py",
+    "tests/launch/test_restart.py",
+    "tests/serve/test_server.py",
+    "tests/convert/test_uptrain.py",
+    "tests/test_cost.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {file: place for place, file in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.nodeid.split("::")[0], len(LONG)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,6 +18,7 @@ from absl import logging
 
 from blocktx.checkpoint.folder import FORMAT_VERSION, find
 from blocktx.checkpoint.params import load_params
+from tests.helpers.fake_devices import fake_devices
 from tests.helpers.saved_run import CONFIG, DATA, SHARDING, assert_same, new_params, restore, save
 
 
@@ -132,10 +133,7 @@ with Checkpoints(sys.argv[1], CONFIG) as checkpoints:
     checkpoints.save(3, *state, DATA)
 """
     root = pathlib.Path(__file__).parents[2]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = os.environ | fake_devices(8)
     subprocess.run([sys.executable, "-c", script, tmp_path], cwd=root, env=environment, check=True)
     logging.set_verbosity(logging.WARNING)
     with warnings.catch_warnings():

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from tests.helpers.fake_devices import fake_devices
+
 MESHES = {
     "data": dict(data=8, fsdp=1),
     "fsdp": dict(fsdp=8),
@@ -17,11 +19,10 @@ MESHES = {
 
 def start(*arguments: str) -> subprocess.Popen:
     """Calls a function below on eight fake devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.eight_devices", *arguments],
         cwd=pathlib.Path(__file__).parents[2],
-        env=os.environ | flags,
+        env=os.environ | fake_devices(8),
         stdout=subprocess.PIPE,
         text=True,
     )

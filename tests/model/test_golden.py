@@ -20,7 +20,13 @@ ROWS = 3  # of every batch, so that a case compiles each function once
 
 def apply(net, method, params, tokens, mask):
     rows = ((0, ROWS - len(tokens)), *((0, 0),) * (tokens.ndim - 1))
-    return _apply(net, method, params, np.pad(tokens, rows), np.pad(mask, rows))[: len(tokens)]
+    padded = _apply(net, method, params, np.pad(tokens, rows), np.pad(mask, rows))
+    return jax.tree.map(lambda array: array[: len(tokens)], padded)
+
+
+def stages(net, tokens, mask):
+    """Block embeddings, context embeddings and logits, by one program."""
+    return net.embed_blocks(tokens, mask), net.contexts(tokens, mask), net(tokens, mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -63,10 +69,7 @@ def test_block_forward(block_case):
         tokens, mask = expected[f"{prefix}input_ids"], expected[f"{prefix}attention_mask"]
         real = expected[f"{prefix}block_attention_mask"].astype(bool)
         valid = expected[f"{prefix}logits_valid"]
-        embeddings, contexts, logits = (
-            apply(net, method, params, tokens, mask)
-            for method in ("embed_blocks", "contexts", "__call__")
-        )
+        embeddings, contexts, logits = apply(net, stages, params, tokens, mask)
         assert_close(embeddings[real, 0], expected[f"{prefix}embedder_output"][real])
         assert_close(contexts[real], expected[f"{prefix}context"][real])
         assert_close(logits[valid], expected[f"{prefix}logits"][valid])

@@ -13,6 +13,7 @@ import pytest
 
 from blocktx.parallel import google_vm
 from blocktx.parallel.distributed import _bind_address, environment_has_others, initialize
+from tests.helpers.fake_devices import fake_devices
 from tests.helpers.metadata_server import metadata_server
 from tests.helpers.processes import started
 
@@ -45,11 +46,7 @@ def start(indices, count=2, timeout=300, heartbeat=10, then="leave"):
         address = f"127.0.0.1:{unused.getsockname()[1]}"
     thens = then if isinstance(then, tuple) else (then,) * count
     env = {k: v for k, v in os.environ.items() if not k.startswith(CLUSTER_VARIABLES)}
-    env |= {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": str(ROOT),
-    }
+    env |= fake_devices(4) | {"PYTHONPATH": str(ROOT)}
     commands = [
         [sys.executable, "-c", PROCESS, address, count, index, timeout, heartbeat, thens[index]]
         for index in indices

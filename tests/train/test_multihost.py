@@ -15,6 +15,7 @@ import pytest
 
 from blocktx.checkpoint.folder import find
 from blocktx.train.metrics import read
+from tests.helpers.fake_devices import fake_devices
 from tests.helpers.processes import started
 from tests.helpers.tiny_run import write_corpus
 
@@ -64,9 +65,8 @@ class Run:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             port = unused.getsockname()[1]
-        self._env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
-            "JAX_PLATFORMS": "cpu",
+        self._env = os.environ | fake_devices(8 // processes)
+        self._env |= {
             "PYTHONUNBUFFERED": "1",
             # Most of the time is compilation, of the same small programs again and again.
             "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
