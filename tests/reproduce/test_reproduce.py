@@ -141,6 +141,7 @@ def test_report_is_made_from_results_alone(base, tmp_path, monkeypatch):
         assert link in first.read_text()
 
 
+@pytest.mark.slow
 def test_uptraining_begins_with_the_vanilla_run(base, tmp_path):
     study = STUDIES["uptraining"](base)
     runner.run_all([study], [0], tmp_path)
