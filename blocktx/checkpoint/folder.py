@@ -142,8 +142,8 @@ def read_params(
 ) -> dict[str, Any]:
     """Return the parameters of a checkpoint as a tree of ShapeDtypeStructs describes them.
 
-    They are read in the dtypes in which they are stored, checked, and then cast. All processes
-    among whose devices they are sharded call this. An error in one is raised in all.
+    They are read in the dtypes in which they are stored, checked, and then cast. If other processes
+    hold parts of them, all processes call this, and an error in one is raised in all.
 
     Raises:
       UserError: names or shapes differ (all differences are listed), a parameter is not a floating
@@ -155,7 +155,8 @@ def read_params(
         params = _read_as_stored(folder, wanted)
     except Exception as failed:
         error = failed
-    raise_everywhere(error, folder)
+    shared = any(not x.sharding.is_fully_addressable for x in jax.tree.leaves(wanted))
+    _raise(error, folder, shared)
     if verify or not allow_nonfinite:
         digests, nonfinite = measure(params)
         try:
@@ -164,10 +165,17 @@ def read_params(
             require_finite(str(folder), nonfinite, allow_nonfinite)
         except UserError as failed:
             error = failed
-        raise_everywhere(error, folder)
+        _raise(error, folder, shared)
     return jax.tree.map(
         lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), params, wanted
     )
+
+
+def _raise(error: Exception | None, folder: epath.Path, shared: bool) -> None:
+    if shared:
+        raise_everywhere(error, folder)
+    elif error is not None:
+        raise error
 
 
 def _read_as_stored(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
