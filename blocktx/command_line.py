@@ -52,7 +52,7 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
     def checked(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax logs every phase of a save
-            logging.get_absl_logger().addFilter(_is_no_traceback_of_orbax)
+            _hide_repeated_errors()
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         for name in required:
@@ -71,12 +71,44 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
 
     if "jax_debug_nans" not in flags.FLAGS:
         jax.config.config_with_absl()  # flags of JAX, such as --jax_debug_nans
-    app.run(checked, flags_parser=_parse)
+    try:
+        app.run(checked, flags_parser=_parse)
+    except _Failure as failure:
+        # Nothing follows the message. After a failed write, TensorStore can also block at the end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failure.code)
+
+
+class _Failure(SystemExit):
+    """The end of a program that has printed its error message."""
+
+
+def _hide_repeated_errors() -> None:
+    """Hide reports of errors in the background that are also raised.
+
+    Orbax logs the error of a save. asyncio logs the errors of all other writes to a full disk.
+    TensorStore reports reads and writes that end later to an event loop that Orbax has closed.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    logging.get_absl_logger().addFilter(_is_no_traceback_of_orbax)
+    logging.get_absl_handler().addFilter(_is_no_full_disk_of_asyncio)
 
 
 def _is_no_traceback_of_orbax(record: Any) -> bool:
-    """Return False for errors of a save in the background, which are raised again at its end."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _is_no_full_disk_of_asyncio(record: Any) -> bool:
+    return not (
+        record.name == "asyncio" and record.exc_info and is_storage_full(record.exc_info[1])
+    )
 
 
 def enable_compilation_cache(folder: str) -> None:
@@ -89,7 +121,10 @@ def enable_compilation_cache(folder: str) -> None:
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print an error message and exit."""
     print(f"error: {message}", file=sys.stderr)
-    exit_process(code)
+    try:
+        exit_process(code)
+    except SystemExit as end:
+        raise _Failure(code) from end
 
 
 def run_config(config: Mapping[str, Any]) -> RunConfig:

@@ -84,3 +84,33 @@ def test_a_config_after_a_space_and_flags_of_jax(tmp_path):
     assert "error: config.training.steps: got 0, must be greater than 0" in done.stderr
     done = launch("--config", "nowhere.py", f"--workdir={tmp_path}/run")
     assert (done.returncode, done.stderr) == (2, "error: --config: there is no file 'nowhere.py'\n")
+
+
+PROGRAM = """
+import asyncio, atexit, threading, time
+from blocktx import command_line
+
+class Closed:
+    def __del__(self):
+        raise RuntimeError("Event loop is closed")
+
+def main():
+    loop = asyncio.new_event_loop()
+    loop.create_future().set_exception(OSError(28, "No space left on device"))
+    loop.close()
+    Closed()
+    atexit.register(time.sleep, 1000)
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    raise command_line.UserError("checkpoints: no space left")
+
+command_line.run(main, required=(), restarted=True)
+"""
+
+
+def test_the_message_is_all_and_the_end():
+    """Whatever goes on in the background, as after a write to a full disk."""
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "error: checkpoints: no space left\n")

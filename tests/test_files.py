@@ -1,5 +1,6 @@
 """Folders of runs: which can be, and how files get into them. Buckets: see test_bucket.py."""
 
+import concurrent.futures
 import importlib.util
 import os
 
@@ -49,6 +50,19 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         write_atomic(path, "new")
     assert path.read_text() == "old"
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    path, contents = tmp_path / "config.json", [f"{i}" * 10_000 for i in range(4)]
+
+    def write(content):
+        for _ in range(50):
+            write_atomic(path, content)
+            assert path.read_text() in contents
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_lines_are_there_at_once(tmp_path):

@@ -1,12 +1,15 @@
 """What is on disk, and how is it read back?
 
-errors.py       damage in storage, told apart from errors that may be gone at the next try
+errors.py       damage, told apart from errors that another try may overcome; agreement of processes
 digest.py       digests of arrays, JSON values and files
 metadata.py     the metadata of checkpoints and exports
 folder.py       find, read and check the folder of a checkpoint
 manager.py      save and resume in training
 params.py       load and save parameters alone
 safetensors.py  export to and import from safetensors
+
+`Checkpoints.restore(..., step=)` chooses a checkpoint. `verify=False` skips the comparison of digests
+at loading. `allow_nonfinite=True` accepts parameters with NaN or infinity.
 """
 
 from blocktx.checkpoint.digest import file_digest

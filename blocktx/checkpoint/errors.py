@@ -1,9 +1,11 @@
-"""Damage in storage, told apart from errors that another try may overcome."""
+"""Damage in storage, told apart from errors that another try may overcome; agreement on both."""
 
 import errno
 import re
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from blocktx.config import UserError
 
@@ -52,3 +54,42 @@ def is_transient(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+# Kinds of errors, the most serious last, and what processes that met none raise.
+_KINDS = (
+    (DamagedError, DamagedError),
+    ((UserError, FileNotFoundError, PermissionError), UserError),
+    (Exception, RuntimeError),
+)
+
+
+def raise_everywhere(error: Exception | None, what: object) -> None:
+    """Raise in all processes if `error` is not None in one of them. All processes call this.
+
+    The most serious error decides its type in all of them, so that they go on in the same way: to
+    an older checkpoint only if nothing but damage was met.
+
+    Args:
+      error: the error of this process, if it met one.
+      what: what was read, for the messages in other processes.
+    """
+    if jax.process_count() == 1:
+        if error is not None:
+            raise error
+        return
+    mine = 0 if error is None else 1 + _kind(error)
+    kinds = np.ravel(multihost_utils.process_allgather(np.int32(mine)))
+    worst = int(kinds.max())
+    if worst == 0:
+        return
+    if mine == worst:
+        raise error
+    _, raised = _KINDS[worst - 1]
+    raise raised(
+        f"{what}: process {kinds.argmax()} could not read it; its own message says why"
+    ) from error
+
+
+def _kind(error: Exception) -> int:
+    return next(i for i, (types, _) in enumerate(_KINDS) if isinstance(error, types))

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from blocktx.checkpoint.digest import measure, path_name
-from blocktx.checkpoint.errors import DamagedError, is_transient
+from blocktx.checkpoint.errors import DamagedError, is_transient, raise_everywhere
 from blocktx.checkpoint.metadata import (
     Metadata,
     Shapes,
@@ -109,11 +109,16 @@ def read_metadata(folder: epath.Path, *, verify: bool = True) -> Metadata:
 def read(folder: epath.Path, **items: Any) -> Any:
     """Read items of a checkpoint according to their Orbax arguments; return them as attributes.
 
+    No process waits for another one, which may have met an error.
+
     Raises:
       DamagedError: one of them cannot be read. Errors of a network are raised as they are.
     """
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.CompositeCheckpointHandler()
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**items))
     except Exception as error:  # damage is reported by whatever layer meets it
         if is_transient(error):
@@ -137,28 +142,50 @@ def read_params(
 ) -> dict[str, Any]:
     """Return the parameters of a checkpoint as a tree of ShapeDtypeStructs describes them.
 
-    They are read in the dtypes in which they are stored, checked, and then cast.
+    They are read in the dtypes in which they are stored, checked, and then cast. If other processes
+    hold parts of them, all processes call this, and an error in one is raised in all.
 
     Raises:
       UserError: names or shapes differ (all differences are listed), a parameter is not a floating
         point array, or has NaN or infinity.
       DamagedError: a file cannot be read, or an array is not what was written.
     """
+    params = error = None
+    try:
+        params = _read_as_stored(folder, wanted)
+    except Exception as failed:
+        error = failed
+    shared = any(not x.sharding.is_fully_addressable for x in jax.tree.leaves(wanted))
+    _raise(error, folder, shared)
+    if verify or not allow_nonfinite:
+        digests, nonfinite = measure(params)
+        try:
+            if verify:
+                check_arrays(str(folder), metadata.arrays, digests, "params/")
+            require_finite(str(folder), nonfinite, allow_nonfinite)
+        except UserError as failed:
+            error = failed
+        _raise(error, folder, shared)
+    return jax.tree.map(
+        lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), params, wanted
+    )
+
+
+def _raise(error: Exception | None, folder: epath.Path, shared: bool) -> None:
+    if shared:
+        raise_everywhere(error, folder)
+    elif error is not None:
+        raise error
+
+
+def _read_as_stored(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
     dtypes = check_stored(folder, wanted)
 
     def as_stored(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, dtypes[path_name(path)], sharding=x.sharding)
 
     stored = jax.tree.map_with_path(as_stored, wanted)
-    params = read(folder, params=ocp.args.StandardRestore(stored)).params
-    if verify or not allow_nonfinite:
-        digests, nonfinite = measure(params)
-        if verify:
-            check_arrays(str(folder), metadata.arrays, digests, "params/")
-        require_finite(str(folder), nonfinite, allow_nonfinite)
-    return jax.tree.map(
-        lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), params, wanted
-    )
+    return read(folder, params=ocp.args.StandardRestore(stored)).params
 
 
 def check_stored(folder: epath.Path, params: dict[str, Any]) -> dict[str, Any]:

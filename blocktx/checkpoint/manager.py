@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from blocktx.checkpoint.digest import file_digest, json_digest, measure
-from blocktx.checkpoint.errors import DamagedError
+from blocktx.checkpoint.errors import DamagedError, raise_everywhere
 from blocktx.checkpoint.folder import check_stored, find, find_all, read, read_metadata
 from blocktx.checkpoint.metadata import (
     Metadata,
@@ -120,7 +120,8 @@ class Checkpoints:
 
         Each ShapeDtypeStruct's `sharding` is where its array goes, wherever it was saved from. If a
         checkpoint is damaged, a warning is printed and the one before it is read. Newer checkpoints
-        than the one returned are moved to `workdir/set_aside`.
+        than the one returned are moved to `workdir/set_aside`. All processes of the run call this;
+        an error in one is raised in all, and all read the same checkpoint.
 
         Args:
           params: shapes, dtypes and shardings of the parameters.
@@ -142,7 +143,7 @@ class Checkpoints:
         first_error = None
         for candidate in wanted:
             try:
-                resumed = self._read(folders[candidate], params, opt_state, verify)
+                resumed = self._read_everywhere(folders[candidate], params, opt_state, verify)
             except DamagedError as error:
                 first_error = first_error or error
                 if candidate != wanted[-1]:
@@ -159,9 +160,26 @@ class Checkpoints:
         find(self.directory)  # raises
         raise FileNotFoundError(f"{self.directory}: no finished checkpoint")
 
-    def _read(
+    def _read_everywhere(
         self, folder: epath.Path, params: dict[str, Any], opt_state: Any, verify: bool
     ) -> Resumed:
+        metadata = items = error = None
+        try:
+            metadata, items = self._read(folder, params, opt_state, verify)
+        except Exception as failed:
+            error = failed
+        raise_everywhere(error, folder)
+        if verify:
+            try:
+                _check_items(folder, metadata, items)
+            except DamagedError as failed:
+                error = failed
+            raise_everywhere(error, folder)
+        return Resumed(items.params, items.opt_state, items.data, metadata.step)
+
+    def _read(
+        self, folder: epath.Path, params: dict[str, Any], opt_state: Any, verify: bool
+    ) -> tuple[Metadata, Any]:
         metadata = read_metadata(folder, verify=verify)
         check_same_run(folder, metadata.config, self._config)
         check_stored(folder, params)
@@ -176,9 +194,7 @@ class Checkpoints:
             opt_state=ocp.args.StandardRestore(opt_state),
             data=ocp.args.JsonRestore(),
         )
-        if verify:
-            _check_items(folder, metadata, items)
-        return Resumed(items.params, items.opt_state, items.data, metadata.step)
+        return metadata, items
 
     def _set_aside(self, folders: list[epath.Path]) -> None:
         """Move checkpoints out of the way: Orbax saves no step below its newest one."""

@@ -96,6 +96,11 @@ def read_index(prefix: str, begin: int = 0, end: int | None = None) -> MegatronI
             f"{prefix}.bin: truncated: it has {bin_size} bytes, and {path} expects "
             f"{int(ends.max())}"
         )
+    if whole and ends.max(initial=0) < bin_size:
+        raise UserError(
+            f"{prefix}.bin: has {bin_size} bytes, and {path} tells of {int(ends.max(initial=0))}: "
+            f"it is of another file, or its tokens are not {dtype.name}"
+        )
     return MegatronIndex(dtype, sizes, pointers, bounds - first)
 
 

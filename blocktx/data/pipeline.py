@@ -141,7 +141,14 @@ def _mixed(train: Mixture | Documents, config: RunConfig, pad_id: int) -> _Mixed
         _Epochs(documents, config, pad_id, int(seed))
         for documents, seed in zip(train.documents, seeds, strict=True)
     ]
-    return _MixedContexts(sources, train.weights)
+    mixed = _MixedContexts(sources, train.weights)
+    for name, weight, count in zip(train.names, train.weights, mixed.counts(_PERIOD), strict=True):
+        if count == 0:
+            raise UserError(
+                f"config.data.source: {name!r} would never be seen: its share of the contexts is "
+                f"{weight:.1g}, and 1 in {_PERIOD:,} is the least; raise its weight or leave it out"
+            )
+    return mixed
 
 
 def training_batches(
@@ -162,7 +169,7 @@ def training_batches(
       rows: the rows of each batch that are read; None: all.
 
     Raises:
-      UserError: the documents of a source do not fill one context.
+      UserError: the documents of a source do not fill one context, or its share is too small.
     """
     size = config.training.batch_size
     rows = np.arange(size) if rows is None else np.asarray(rows)

@@ -16,8 +16,8 @@ import glob
 import importlib.metadata
 import importlib.util
 import itertools
+import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -74,14 +74,15 @@ def parse_sources(text: str, field: str = "config.data.source") -> tuple[Source,
     """Split `text` at commas; a name that exists as it is counts as one source.
 
     Raises:
-      UserError: a source is empty, or some have weights and others none.
+      UserError: a source is empty, a weight is not a number greater than 0, or some sources have
+        weights and others none.
     """
     specs = [text] if "," not in text or os.path.exists(text) else text.split(",")
     found = []
     for spec in map(str.strip, specs):
-        match = re.fullmatch(r"(.+)@(\d*\.?\d+)", spec)
-        if match and not os.path.exists(spec):
-            found.append(Source(match[1], float(match[2])))
+        name, at, number = spec.rpartition("@")
+        if at and _is_number(number) and not os.path.exists(spec):
+            found.append(Source(name, float(number)))
         else:
             found.append(Source(spec, None))
     if not all(source.spec for source in found):
@@ -89,9 +90,17 @@ def parse_sources(text: str, field: str = "config.data.source") -> tuple[Source,
     weighted = [source.weight is not None for source in found]
     if any(weighted) and not all(weighted):
         raise UserError(f"{field}: {text!r}: give all sources a weight, as in A@0.7,B@0.3, or none")
-    if any(source.weight == 0 for source in found):
-        raise UserError(f"{field}: {text!r}: a weight must be greater than 0")
+    if any(source.weight is not None and not 0 < source.weight < math.inf for source in found):
+        raise UserError(f"{field}: {text!r}: a weight must be a number greater than 0")
     return tuple(found)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_documents(source: str, text_field: str) -> Iterator[Document]:

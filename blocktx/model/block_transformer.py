@@ -46,7 +46,8 @@ class BlockTransformer(nn.Module):
     def __call__(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
         """Return float32 logits `[B, N-1, K, V]`; entry j predicts block j+1 from blocks 0..j.
 
-        `mask_BxNxK` is 1 for real tokens. Positions count padding.
+        `mask_BxNxK` is 1 for real tokens. Positions count padding. Nothing is checked in compiled
+        code: a token id of `vocab_size` or more makes the logits NaN.
         """
         context_BxNxnD = constrain(
             self.contexts(tokens_BxNxK, mask_BxNxK), "batch", "positions", "features"

@@ -31,7 +31,8 @@ class Vanilla(nn.Module):
     def __call__(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
         """Return float32 logits `[B, T, V]`; entry t predicts token t+1 from tokens 0..t.
 
-        `mask_BxT` is 1 for real tokens; no other token attends to padding.
+        `mask_BxT` is 1 for real tokens; no other token attends to padding. Nothing is checked in
+        compiled code: a token id of `vocab_size` or more makes the logits NaN.
         """
         logits_BxTxV = self.classifier(self.hidden(tokens_BxT, mask_BxT))
         return constrain(logits_BxTxV, "batch", "positions", "vocab")

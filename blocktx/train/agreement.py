@@ -25,7 +25,7 @@ def opened_run(
 ) -> Iterator[tuple[epath.Path, RunLock | None]]:
     """Yield the run folder, locked, after all processes have agreed on how to start."""
     with contextlib.ExitStack() as stack:
-        folder, lock, newest, problem = epath.Path(workdir), None, -1, None
+        folder, lock, saved, problem = epath.Path(workdir), None, [], None
         try:
             with user_errors():
                 folder = run_folder(workdir)
@@ -33,14 +33,14 @@ def opened_run(
                 lock = stack.enter_context(RunLock(folder))
             if not resume:
                 require_no_run(folder)
-            newest = next(iter(find_all(folder)), -1)
+            saved = list(find_all(folder))
         except Exception as error:
             problem = error
         facts = {
             "config": json.dumps(to_dict(config), sort_keys=True),
             "workdir": folder,
             "--resume and --step": (resume, step),
-            "newest checkpoint": newest,
+            "checkpoints": saved,
         }
         require_agreement(facts, problem)
         yield folder, lock

@@ -146,7 +146,8 @@ def train_step(
     Args:
       state: the state before the step.
       batch: `{"tokens": int32 [B, N, K], "mask": bool [B, N, K]}`, and with several processes
-        `"stop": bool [B]`, True in the rows of a process that was asked to stop.
+        `"stop": bool [B]`, True in the rows of a process that was asked to stop. Token ids are not
+        checked here; one of `vocab_size` or more makes the loss NaN.
       config: of the run; static. Pass `step_config(config)` to share programs between runs.
       model: the module of `config.model`; static.
       teacher: of distillation, unless the batch holds its cached probabilities.

@@ -26,6 +26,10 @@ from tests.helpers.saved_run import (
     save,
 )
 
+# When a read fails, Orbax closes its event loop, and TensorStore reports the other reads to it when
+# they end, perhaps during the next test.
+pytestmark = pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
+
 ARRAYS = [
     np.arange(24, dtype=np.float32).reshape(2, 3, 4) / 7,
     np.array([1.5, -2, 0], np.float16),
@@ -79,7 +83,6 @@ def damage_arrays(folder):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's
 def test_a_flipped_bit_is_found_or_harmless(saved, tmp_path):
     """Random bits of all files of a checkpoint: an error, or the same state."""
     rng = random.Random(0)
@@ -119,7 +122,6 @@ def test_changed_weights_are_found_where_storage_notices_nothing(workdir):
     assert load_params(folder, verify=False).step == 3
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_resuming_falls_back_to_the_checkpoint_before(workdir, capsys):
     damage_arrays(workdir / "checkpoints" / "3" / "params")
     resumed = restore(workdir)

@@ -139,7 +139,8 @@ def test_read_in_memory(config, tmp_path, tokenizer, source):
     [
         ("a,,b", "empty source"),
         ("a@0.5,b", "give all sources a weight"),
-        ("a@0,b@1", "greater than 0"),
+        *((f"a@{weight},b@1", "greater than 0") for weight in ("0", "-1", "nan", "inf", "-0.0")),
+        ("a@" + "9" * 400, "greater than 0"),
         ("", "empty source"),
     ],
 )
@@ -156,3 +157,5 @@ def test_names_with_commas_and_weights_that_exist(tmp_path):
     first, second = parse_sources("gs://b/x=1/a@0.25, hub:user/name@3")
     assert (first.spec, first.weight) == ("gs://b/x=1/a", 0.25)
     assert (second.spec, second.weight) == ("hub:user/name", 3)
+    (source,) = parse_sources("gs://b/a@1e-3")
+    assert (source.spec, source.weight) == ("gs://b/a", 1e-3)

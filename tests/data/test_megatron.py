@@ -87,6 +87,19 @@ def test_missing_and_truncated_bin_is_named(tmp_path):
         list(read_documents(str(tmp_path), "text"))
 
 
+def test_bin_of_another_file_or_dtype_is_named(tmp_path):
+    write_megatron(tmp_path / "a", DOCUMENTS)
+    with (tmp_path / "a.bin").open("ab") as file:
+        file.write(b"12")
+    with pytest.raises(ValueError, match=r"a\.bin: has 96 bytes, and .*a\.idx tells of 94: it is"):
+        list(read_documents(str(tmp_path), "text"))
+    write_megatron(tmp_path / "a", DOCUMENTS, "int32")
+    index = tmp_path / "a.idx"
+    index.write_bytes(change(17, "B", 8)(index.read_bytes()))
+    with pytest.raises(ValueError, match="its tokens are not uint16"):
+        list(read_documents(str(tmp_path), "text"))
+
+
 @pytest.mark.parametrize("total", [2, 1999, SYNTHETIC_CHUNK, 2 * SYNTHETIC_CHUNK + 5])
 def test_synthetic_tokens(total):
     parts = list_parts(f"synthetic:{total}", part_bytes=SYNTHETIC_CHUNK)

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from blocktx.config.errors import UserError
 from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
 from blocktx.config.run import DataConfig, RunConfig, TrainingConfig
 from blocktx.data import pipeline
@@ -221,6 +222,11 @@ def test_mixtures_keep_their_weights_everywhere(weights):
     for source, (line, weight) in enumerate(zip(lines, weights, strict=True), start=1):
         count = sources.count(source)
         assert f"{'abc'[source - 1]}: weight {weight:.4f}, {count} contexts, seen " in line
+
+
+def test_a_source_that_would_never_be_seen_is_refused():
+    with pytest.raises(UserError, match=r"'b' would never be seen: its share of .* is 1e-06"):
+        training_batches(mixture((1 - 1e-6, 1e-6)), make_config(), PAD)
 
 
 def rows_and_masks(batch):

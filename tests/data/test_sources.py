@@ -82,6 +82,13 @@ def test_byte_order_mark_is_not_text(tmp_path):
     assert read(tmp_path) == ["hello", "world"]
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_lines_that_end_as_on_windows(tmp_path, suffix):
+    lines = b"\xef\xbb\xbf" + json_lines("a\r\nb", "", " ", "c").replace(b"\n", b"\r\n") + b"\r\n"
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESS[suffix](lines))
+    assert read(tmp_path) == ["a\r\nb", "c"]
+
+
 def test_last_line_needs_no_newline(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines("a", "b").rstrip())
     assert read(tmp_path / "a.jsonl") == ["a", "b"]
@@ -109,6 +116,7 @@ def test_files_are_read_one_at_a_time(tmp_path):
         ("package:", ValueError, "not the name of a package"),
         ("package:antigravity", FileNotFoundError, "single module"),
         ("package:json", FileNotFoundError, r"config\.data\.source: no file .*\.txt"),
+        ("/no/such/*.jsonl", FileNotFoundError, r"no file matches '/no/such/\*\.jsonl'"),
         ("/no/such/place", FileNotFoundError, r"config\.data\.source: '/no/such/place' does not"),
     ],
 )
@@ -138,6 +146,9 @@ def test_not_utf8_names_file_and_byte(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"12345\xe4678")
     with pytest.raises(ValueError, match=r"a\.txt: not UTF-8 at byte 5"):
         read(tmp_path / "a.txt")
+    (tmp_path / "c.txt").write_text("as on Windows", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"c\.txt: not UTF-8 at byte 0"):
+        read(tmp_path / "c.txt")
     good = json_lines("fine")
     (tmp_path / "b.jsonl").write_bytes(good + b'{"text": "\xff"}')
     with pytest.raises(ValueError, match=rf"b\.jsonl, line 2: not UTF-8 at byte {len(good) + 10}"):
@@ -151,6 +162,7 @@ def test_not_utf8_names_file_and_byte(tmp_path):
         ('["text"]', "line 3: a JSON list, expected an object"),
         ('{"body": "x", "id": 1}', r"line 3: .*'text' is not a field of it; the line has 'body', "),
         ('{"text": 5}', "line 3: .*'text' is not a string"),
+        ('{"text": null}', "line 3: .*'text' is not a string"),
         ("{}", "line 3: .*no fields"),
         ('{"text": "\\ud83d"}', "line 3: .*not valid Unicode at character 0"),
     ],

@@ -111,6 +111,16 @@ def test_row_does_not_change_with_another_rows_padding_or_tokens(config):
     assert np.abs(before[1] - after[1]).max() > 0.1
 
 
+@pytest.mark.parametrize("config", [BLOCK, VANILLA], ids=["block", "vanilla"])
+def test_a_token_outside_the_vocabulary_makes_the_logits_of_its_row_nan(config):
+    shape = TOKENS.shape if config is BLOCK else (ROWS, -1)
+    tokens = TOKENS.copy()
+    tokens[1, 1, 0] = VOCABULARY
+    logits = forward(build(config), params_of(config), tokens.reshape(shape), REAL.reshape(shape))
+    assert np.isfinite(logits[0]).all()
+    assert np.isnan(logits[1]).any()
+
+
 def test_padding_is_content_of_a_block_with_real_tokens_and_unseen_in_others():
     run = functools.partial(contexts, build(BLOCK), params_of(BLOCK))
     before = run(TOKENS, PADDED)
