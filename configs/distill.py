@@ -65,7 +65,7 @@ from blocktx.config import (
 STEPS = 1900  # of the source
 RUNS = "runs/distill"
 # Parameters that `blocktx.convert.uptrain` does not copy from the source.
-NEW = "embedder/(projection|mlp)[^/]*/.*|token_decoder/expansion/.*|block_decoder/stack/final_norm/.*"
+NEW = "(embedder/(projection|mlp)|token_decoder/expansion|block_decoder/stack/final_norm).*"
 KINDS = ("source", "scratch", "uptrained", "distilled")
 
 _SHARED = dict(vocab_size=1024, context_length=512, tied_classifier=True)
