@@ -87,16 +87,19 @@ STUDENT = BlockConfig(
 
 
 def get_config(run: str = "distilled:0") -> ml_collections.ConfigDict:
-    """Return the run KIND:SEED, or START:TEACHER of two folders, also START:TEACHER:STEPS."""
+    """Return the run KIND:SEED, or START:TEACHER of two folders, also START:TEACHER:STEPS.
+
+    The kind logits is distilled without hidden states, as `launch/cache_teacher.py` needs it.
+    """
     kind, _, seed = run.partition(":")
     if (pathlib.Path(kind) / "config.json").exists() and seed:
         teacher, _, steps = seed.partition(":")
         return to_config_dict(_from_folders(pathlib.Path(kind), teacher, int(steps or 1000)))
     seed = seed or "0"
-    if kind not in KINDS or not seed.isdecimal():
+    if kind not in (*KINDS, "logits") or not seed.isdecimal():
         raise ValueError(
-            f"configs/distill.py:{run}: unknown; use {', '.join(KINDS)}, with a seed as in "
-            "distilled:0, or START:TEACHER, folders that launch/convert.py has written"
+            f"configs/distill.py:{run}: unknown; use {', '.join(KINDS)} or logits, with a seed as "
+            "in distilled:0, or START:TEACHER, folders that launch/convert.py has written"
         )
     config = RunConfig(
         model=SOURCE,
@@ -118,9 +121,13 @@ def _short(source: RunConfig, kind: str, seed: str) -> RunConfig:
         optimizer=dataclasses.replace(source.optimizer, warmup_steps=steps // 10),
         training=dataclasses.replace(source.training, steps=steps, init_from=start),
     )
-    if kind != "distilled":
-        return run
-    return dataclasses.replace(run, distill=_distillation(f"{RUNS}/source-{seed}", steps))
+    teacher = f"{RUNS}/source-{seed}"
+    if kind == "distilled":
+        return dataclasses.replace(run, distill=_distillation(teacher, steps))
+    if kind == "logits":
+        stages = (StageConfig(cross_entropy_weight=0.0),)
+        return dataclasses.replace(run, distill=DistillConfig(teacher=teacher, stages=stages))
+    return run
 
 
 def _distillation(teacher: str, steps: int, multipliers: Multipliers = ()) -> DistillConfig:
