@@ -21,7 +21,6 @@ from blocktx.model import for_decoding
 
 pytestmark = pytest.mark.slow
 SCRIPT = pathlib.Path(__file__).parents[3] / "shared" / "smollm2_to_hf.py"
-REFERENCE = json.loads(pathlib.Path(__file__).with_name("smollm2.json").read_text())
 NEAR_TIE = 0.02  # between the two best logits; float32 sums of another order differ by less
 
 
@@ -38,11 +37,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def reference():
+    return json.loads(pathlib.Path(__file__).with_name("smollm2.json").read_text())
+
+
+@pytest.fixture(scope="module")
 def loaded(folder):
     return load_hf(folder)
 
 
-def test_perplexity_of_six_windows(loaded):
+def test_perplexity_of_six_windows(loaded, reference):
     model, params = loaded
 
     @jax.jit
@@ -51,16 +55,16 @@ def test_perplexity_of_six_windows(loaded):
         logits = model.apply({"params": params}, tokens_T[None], mask)[0, :-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_T[1:]).mean()
 
-    windows = np.array(REFERENCE["windows"], np.int32)
+    windows = np.array(reference["windows"], np.int32)
     assert windows.shape == (6, 512)
     found = [float(loss(params, window)) for window in windows]
-    np.testing.assert_allclose(np.exp(found), np.exp(REFERENCE["losses"]), rtol=1e-3)
+    np.testing.assert_allclose(np.exp(found), np.exp(reference["losses"]), rtol=1e-3)
 
 
-def test_greedy_text_until_the_first_near_tie(loaded):
+def test_greedy_text_until_the_first_near_tie(loaded, reference):
     model, params = for_decoding(*loaded)
-    greedy, gaps = np.array(REFERENCE["greedy"]), np.array(REFERENCE["gaps"])
-    prompts = np.array(REFERENCE["windows"], np.int32)[: len(greedy), :64]
+    greedy, gaps = np.array(reference["greedy"]), np.array(reference["gaps"])
+    prompts = np.array(reference["windows"], np.int32)[: len(greedy), :64]
     count = greedy.shape[1]
     new = generate(
         model, params, prompts, np.ones_like(prompts), max_new_tokens=count, temperature=0
@@ -70,8 +74,8 @@ def test_greedy_text_until_the_first_near_tie(loaded):
     np.testing.assert_array_equal(np.asarray(new)[agreed], greedy[agreed])
 
 
-def test_tokenizer_reads_and_writes_the_windows(folder):
+def test_tokenizer_reads_and_writes_the_windows(folder, reference):
     tokenizer = Tokenizer.load(folder)
-    for window in REFERENCE["windows"]:
+    for window in reference["windows"]:
         text = tokenizer.decode(window[1:])
         assert tokenizer.decode(tokenizer.encode(text)) == text
