@@ -8,10 +8,10 @@ its own:
     python ../shared/smollm2_to_hf.py --output smollm2
     python -P tests/helpers/smollm2_reference.py smollm2 tests/convert/smollm2.json
 
--P keeps the tests' own `tokenizers.py` out of the path. Float32 on a CPU, eager attention. `windows`
-are the first tokens of the oldest State of the Union addresses, `losses` nats per token of each
-window, `greedy` the continuations of the first 64 tokens of three windows, without a cache, and
-`gaps` the differences of the two best logits at each step.
+-P keeps the tests' own `tokenizers.py` out of the path. Float32 on a CPU, eager attention.
+`windows` are the first tokens of the oldest State of the Union addresses, `losses` nats per token
+of each window, `greedy` the continuations of the first 64 tokens of three windows, without a cache,
+and `gaps` the differences of the two best logits at each step.
 """
 
 import importlib.util
