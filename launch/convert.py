@@ -372,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _with_dashes(arg: str) -> str:
-    """--block_length=4, as the other scripts spell their flags, as --block-length=4."""
+    """Return --block_length=4, as other scripts spell flags, as --block-length=4."""
     name, equals, value = arg.partition("=")
     return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
 

@@ -1,10 +1,40 @@
-"""Two configurations of one model: do they describe the same architecture?"""
+"""The configuration of a checkpoint, from config.json, from the caller, or from both."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from blocktx.config import BlockConfig, ModelConfig, StackConfig
 from blocktx.convert.hf_config import simplify
+
+_Config = TypeVar("_Config", bound=ModelConfig)
+
+
+def configure(
+    json: Mapping[str, Any] | None,
+    given: _Config | None,
+    read: Callable[[Mapping[str, Any]], tuple[_Config | None, list[str]]],
+    unsupported: Callable[[_Config], list[str]],
+) -> tuple[_Config | None, list[str]]:
+    """Return the configuration of a checkpoint, None if it is unknown, and all that is wrong.
+
+    Args:
+      json: the content of config.json, None if there is none.
+      given: the caller's configuration. It has to agree with config.json, and then it counts, as it
+        has fields that config.json lacks.
+      read: returns the configuration that a config.json describes, and problems.
+      unsupported: returns the reasons why a configuration has no counterpart.
+    """
+    unfit = [] if given is None else unsupported(given)
+    if json is None:
+        if given is None:
+            return None, ["config.json: absent; give the folder that has it, or a configuration"]
+        return None if unfit else given, unfit
+    described, problems = read(json)
+    if given is None or described is None or unfit:
+        return described, problems + unfit
+    different = differences(described, given)
+    return described if different else given, problems + different
 
 
 def differences(described: ModelConfig, given: ModelConfig) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from blocktx.config import VanillaConfig
 from blocktx.convert import hf_config, mapping
-from blocktx.convert.agreement import differences
+from blocktx.convert.agreement import configure
 from blocktx.convert.stacks import llama_stack, neox_stack
 from blocktx.convert.tensors import Checkpoint, check_foreign, open_checkpoint, raise_all
 from blocktx.model import Model, Vanilla, build
@@ -64,15 +64,9 @@ def load_hf(
     if not problems:
         problems += _check_tied(checkpoint, config)
     raise_all(path, problems)
-    mapping.check_ours(entries, config)
-    params, problems = mapping.to_params(
-        entries,
-        checkpoint.read,
-        stacked=config.scan_layers,
-        dtype=config.param_dtype,
-        allow_nonfinite=allow_nonfinite,
+    params = mapping.read_params(
+        path, entries, checkpoint.read, config, allow_nonfinite=allow_nonfinite
     )
-    raise_all(path, problems)
     return build(config), params
 
 
@@ -118,18 +112,11 @@ def _configure(
     json = checkpoint.config
     if json is not None and "block_decoder" in json:
         json = None  # config.json of a Block Transformer, beside a single file
-    if json is None:
-        if config is not None:
-            return config, hf_config.family_of(config)[1]
-        return None, ["config.json: absent; give the folder that has it, or a configuration"]
-    json = json.get("config", json)
-    if not isinstance(json, dict):
-        return None, [f"config.json: config: got {json!r:.100}, must be an object"]
-    described, problems = hf_config.read(json)
-    if config is None or described is None:
-        return described, problems
-    different = differences(described, config)
-    return described if different else config, problems + different
+    if json is not None:
+        json = json.get("config", json)
+        if not isinstance(json, dict):
+            return None, [f"config.json: config: got {json!r:.100}, must be an object"]
+    return configure(json, config, hf_config.read, lambda config: hf_config.family_of(config)[1])
 
 
 def _names(config: VanillaConfig) -> tuple[str, str, str]:

@@ -42,7 +42,7 @@ def read_rotary(fields: Fields, model_type: str, context: int | None) -> dict[st
         )
     for name in ("rope_parameters", "rope_scaling"):
         for key, value in fields.section(name).items():
-            if key not in _ROPE_FIELDS and value is not None:
+            if key not in _ROPE_FIELDS and value is not None and (key, value) != ("truncate", True):
                 fields.problem(f"{name}.{key}", f"got {value!r}, is not supported")
     base = fields.agreed("rope_parameters.rope_theta", "rope_theta", "rotary_emb_base")
     if base is None and "rope_parameters" in fields.values:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from blocktx.config import ModelConfig
-from blocktx.convert.tensors import DTYPES, TensorInfo, shortened
+from blocktx.convert.tensors import DTYPES, TensorInfo, raise_all, shortened
 from blocktx.model import build, init_params, stack_layers, unstack_layers
 
 # Buffers that some versions of transformers save. They are computed, not trained.
@@ -123,26 +123,36 @@ def check_tensors(
 
 def check_ours(entries: Iterable[Entry], config: ModelConfig) -> None:
     """Assert that `entries` are the parameters of the model; otherwise the table is wrong."""
-    model = build(dataclasses.replace(config, scan_layers=False))
+    model = build(dataclasses.replace(config, scan_layers=True))  # traces one layer of each stack
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    shapes = {path: leaf.shape for path, leaf in _by_path(params).items()}
+    views = jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), params)
+    shapes = {path: view.shape for path, view in _by_path(unstack_layers(views)).items()}
     problems = differences("parameter", shapes, {e.ours: e.our_shape for e in entries}, {})
     if problems:
         raise AssertionError("\n".join(["a bug in blocktx.convert:", *problems]))
 
 
-def to_params(
+def read_params(
+    path: Any,
     entries: Iterable[Entry],
     read: Callable[[str], np.ndarray],
+    config: ModelConfig,
     *,
-    stacked: bool,
-    dtype: str,
-    allow_nonfinite: bool = False,
-) -> tuple[dict[str, Any], list[str]]:
-    """Return our nested parameters, NumPy arrays of `dtype`, and the tensors that are not finite.
+    allow_nonfinite: bool,
+) -> dict[str, Any]:
+    """Return our nested parameters, NumPy arrays of `param_dtype`.
 
-    `read` returns the tensor of a name.
+    Args:
+      path: of the checkpoint, for errors.
+      entries: the table.
+      read: returns the tensor of a name.
+      config: of the model.
+      allow_nonfinite: accept weights that are NaN or infinite.
+
+    Raises:
+      ValueError: weights are not finite; all tensors that have such are listed.
     """
+    check_ours(entries, config)
     params: dict[str, Any] = {}
     problems = []
     for entry in entries:
@@ -153,9 +163,9 @@ def to_params(
         tensors = [read(name) for name in entry.theirs]
         if not allow_nonfinite:
             problems += _nonfinite(zip(entry.theirs, tensors, strict=True))
-        node[leaf] = entry.to_ours(tensors).astype(dtype, copy=False)
-    problems = shortened(problems, "tensors that are not finite")
-    return jax.tree.map(np.asarray, stack_layers(params)) if stacked else params, problems
+        node[leaf] = entry.to_ours(tensors).astype(config.param_dtype, copy=False)
+    raise_all(path, shortened(problems, "tensors that are not finite"))
+    return stack_layers(params) if config.scan_layers else params
 
 
 def to_tensors(

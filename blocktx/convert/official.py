@@ -8,7 +8,7 @@ import numpy as np
 
 from blocktx.config import BlockConfig
 from blocktx.convert import hf_config, mapping, official_config
-from blocktx.convert.agreement import differences
+from blocktx.convert.agreement import configure
 from blocktx.convert.stacks import neox_stack, roberta
 from blocktx.convert.tensors import Checkpoint, check_foreign, open_checkpoint, raise_all
 from blocktx.model import BlockTransformer, Model, build
@@ -60,15 +60,9 @@ def load_official(
     unused = {_UNUSED: (config.vocab_size, config.block_decoder.width)}
     problems += mapping.check_tensors(table, checkpoint.tensors, unused, checkpoint.lost)
     raise_all(path, problems)
-    mapping.check_ours(table, config)
-    params, problems = mapping.to_params(
-        table,
-        checkpoint.read,
-        stacked=config.scan_layers,
-        dtype=config.param_dtype,
-        allow_nonfinite=allow_nonfinite,
+    params = mapping.read_params(
+        path, table, checkpoint.read, config, allow_nonfinite=allow_nonfinite
     )
-    raise_all(path, problems)
     return build(config), params
 
 
@@ -124,16 +118,7 @@ def _configure(
         config = _with_positions(config, rows[0])  # as many as are used, or more
     if checkpoint.path.is_file() and json is not None and "block_decoder" not in json:
         json = None  # beside a single file there may be the config.json of another model
-    unsupported = [] if config is None else _unsupported(config)
-    if json is None:
-        if config is None:
-            return None, ["config.json: absent; give the folder that has it, or a configuration"]
-        return None if unsupported else config, unsupported
-    described, problems = official_config.read(json)
-    if config is None or described is None or unsupported:
-        return described, problems + unsupported
-    different = differences(described, config)
-    return described if different else config, problems + different
+    return configure(json, config, official_config.read, _unsupported)
 
 
 def _with_positions(config: BlockConfig, positions: int) -> BlockConfig:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blocktx.config import ModelConfig
 from blocktx.model.build import Model
@@ -45,7 +46,7 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Invert `unstack_layers`."""
+    """Invert `unstack_layers`. Arrays of NumPy stay arrays of NumPy."""
     out = {
         name: stack_layers(value) if isinstance(value, dict) else value
         for name, value in params.items()
@@ -53,8 +54,13 @@ def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
     }
     layers = [params[f"layers_{i}"] for i in range(len(params)) if f"layers_{i}" in params]
     if layers:
-        out["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        out["layers"] = jax.tree.map(_stack, *layers)
     return out
+
+
+def _stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    stack = np.stack if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp.stack
+    return stack(leaves)
 
 
 def classifier_kernel(config: ModelConfig, params: dict[str, Any]) -> jax.Array:

@@ -135,6 +135,26 @@ def test_training_step_of_four_chips():
 
 @needs_libtpu
 @pytest.mark.slow
+def test_llama_type_layers_take_at_most_a_tenth_more_cycles_than_neox():
+    """Of the same sizes, and equal products: SwiGLU has 3 matrices of 2/3 of the width for 2."""
+
+    def seconds(stack: StackConfig) -> float:
+        model = dataclasses.replace(
+            BLOCK,
+            vocab_size=8192,
+            context_length=512,
+            block_decoder=stack,
+            token_decoder=stack,
+        )
+        run = RunConfig(model=model, training=TrainingConfig(batch_size=8))
+        return compile_train_step(run, find_topology("v5e:1x1")).cycle_seconds
+
+    neox = seconds(StackConfig.neox(2, 768, 12))
+    assert seconds(StackConfig.llama(2, 768, 12, mlp_width=2048)) < 1.1 * neox
+
+
+@needs_libtpu
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [BLOCK, VANILLA], ids=["block", "vanilla"])
 def test_decoding_on_four_chips_tells_them_nothing(model):
     run = dataclasses.replace(RUN, model=model)

@@ -15,7 +15,7 @@ VALUES = [None, True, -1, 0, 10**30, 1e308, float("nan"), "x", [], {}, [[1]], {"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(mapping, "check_ours", lambda *_: None)  # slow, and about the table alone
+    monkeypatch.setattr(mapping, "check_ours", lambda *_: None)  # traces, and is about the table
     return hf_models.copy("llama_gqa", tmp_path / "checkpoint")
 
 

@@ -498,6 +498,8 @@ def test_configurations_of_the_experiment(tmp_path, monkeypatch, data, source, c
         run = from_config_dict(configs.get_config(f"{kind}:3"))
         assert run.seed == 3
         assert bool(run.distill.teacher) == (kind == "distilled")
+    logits = from_config_dict(configs.get_config("logits:3"))
+    dataclasses.replace(logits.distill, cache="folder")  # valid with a cache
     with pytest.raises(ValueError, match="distilled:0, or START:TEACHER"):
         configs.get_config("runs/none:0")
 
@@ -508,3 +510,5 @@ def test_configurations_of_the_experiment(tmp_path, monkeypatch, data, source, c
     assert run.distill.teacher == str(source)
     assert run.training.init_from == str(start)
     check_distillation(run, create_mesh(run.mesh))
+    run = from_config_dict(configs.get_config(f"{start}:{source}:50"))
+    assert (run.training.steps, run.distill.stages[0].steps) == (50, 10)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from blocktx.checkpoint.params import load_params
-from blocktx.config.model import VanillaConfig
+from blocktx.config.model import StackConfig, VanillaConfig
 from blocktx.model.build import build
 from blocktx.model.loss import loss_by_position
 from blocktx.train.loop import train
@@ -154,12 +154,17 @@ def test_vanilla_model_trains(data, tmp_path, capsys):
 
 
 def test_longer_run_after_a_finished_one_is_exact(data, tmp_path, capsys):
-    """With nothing held out, about which there is one warning."""
+    """Of Llama type, and with nothing held out, about which there is one warning."""
+    stack = StackConfig.llama(1, 32, 4, key_value_heads=2)
+    model = dataclasses.replace(
+        MODEL, tied_classifier=True, block_decoder=stack, token_decoder=stack
+    )
 
     def run(workdir, steps, **resume):
         nothing = dataclasses.replace(data, holdout_every=0)
         constant = dict(schedule="constant")
         config = run_config(nothing, steps=steps, evaluate_every=1, optimizer=constant)
+        config = dataclasses.replace(config, model=model)
         return train(config, tmp_path / workdir, **resume)
 
     whole = run("whole", 6)
