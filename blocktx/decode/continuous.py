@@ -149,8 +149,9 @@ class ContinuousDecoder:
             pad_id=self._pad_id,
             first_row=row,
         )
+        blocks = self._prefill_blocks(-(-int(prompt.begin_B[0]) // self.config.block_length))
         return Request(
-            prompt=prompt,
+            prompt=prompt.replace(tokens_BxNxK=prompt.tokens_BxNxK[:, :blocks]),
             sampling=sampling,
             seed_2=seed_2,
             stop=check_stop_tokens(stop),
@@ -160,11 +161,9 @@ class ContinuousDecoder:
     def compile(self) -> None:
         """Compile all programs. Afterwards nothing is compiled while stop tokens are 8 or fewer."""
         blocks = 0
-        while (blocks := bucket(blocks + 1, self.config.block_length, self.config.blocks)) < (
-            self.config.blocks
-        ):
+        while blocks < self.config.blocks:
+            blocks = self._prefill_blocks(blocks + 1)
             self._admit(blocks, [])
-        self._admit(self.config.blocks, [])
         self._start(blocks=0)
         self.finish()
 
@@ -244,6 +243,15 @@ class ContinuousDecoder:
                 sharding = NamedSharding(sharding.mesh, PartitionSpec())
             state = jax.device_put(state, sharding)
         return state
+
+    def _prefill_blocks(self, blocks: int) -> int:
+        """Return `blocks` rounded up to the size of a prefill: a bucket, or three quarters of one.
+
+        Of a long prompt's prefill, powers of two alone would waste a third.
+        """
+        size = bucket(blocks, self.config.block_length, self.config.blocks)
+        smallest = bucket(1, self.config.block_length, self.config.blocks)
+        return size * 3 // 4 if max(blocks, smallest) <= size * 3 // 4 else size
 
     def _capacity(self, blocks: int) -> tuple[int, int]:
         """Return the prompts of a prefill call, and of a group in it, for a bucket of prompts."""

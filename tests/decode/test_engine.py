@@ -202,7 +202,7 @@ def test_bad_options(engine, options, message):
 
 
 def test_prompt_without_a_known_character(engine, monkeypatch):
-    monkeypatch.setattr(engine.tokenizer, "encode", lambda text: [])
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda *_, **__: [])
     with pytest.raises(ValueError, match="prompts: row 0, 'token', has nothing the tokenizer"):
         engine.generate("token")
 
