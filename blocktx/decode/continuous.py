@@ -87,6 +87,7 @@ class ContinuousDecoder:
         self._requests: list[Request | None] = [None] * (-(-rows // self._parts) * self._parts)
         self._sampling: Sampling | None = None  # of the requests in rows
         self._in_flight: tuple[Outputs, list[Request]] | None = None
+        self._freed = 0  # rows that became free since requests were admitted
         self._state = self._init()
 
     @property
@@ -170,16 +171,18 @@ class ContinuousDecoder:
     def admit(self, waiting: collections.deque[Request]) -> None:
         """Move requests from `waiting`, the first ones first, to free rows.
 
-        The prompts of a call have as many positions together as one context or less, so that
-        other rows wait for at most one prefill of the longest prompt.
+        Rows that became free since the last call are filled, so that none stays idle while
+        requests wait. More free rows are filled while all prompts together have as many positions
+        as one context or less: a burst holds up running rows for one prefill of the longest prompt.
         """
         free = [row for row, request in enumerate(self._requests) if request is None]
+        at_once, self._freed = self._freed if self.running else self.rows, 0
         positions, by_bucket = 0, collections.defaultdict(list)
-        for row in free:
+        for count, row in enumerate(free):
             if not waiting:
                 break
             positions += waiting[0].prompt_blocks
-            if by_bucket and positions > self.config.blocks:
+            if count >= max(1, at_once) and positions > self.config.blocks:
                 break
             request = waiting.popleft()
             request.row, self._requests[row] = row, request
@@ -194,11 +197,12 @@ class ContinuousDecoder:
         """Start a device call for the requests in rows, without waiting for it.
 
         Args:
-          waiting: whether requests wait for a free row; the call then ends with the first row that
-            reaches its budget.
+          waiting: whether requests wait. The call then ends with the first row that reaches its
+            budget, or after one block if a row is free.
         """
         left = [request.blocks_left for request in self.requests]
-        self._start(min(self._blocks_per_call, min(left) if waiting else max(left)))
+        blocks = max(left) if not waiting else 1 if len(left) < self.rows else min(left)
+        self._start(min(self._blocks_per_call, blocks))
 
     def finish(self) -> list[Update]:
         """Wait for the call in flight, free the rows that finished, and return the new tokens."""
@@ -218,6 +222,7 @@ class ContinuousDecoder:
         """Free the row of a request, if it has one. There are no more updates of it."""
         if request.row is not None:
             self._requests[request.row] = request.row = self._sampling = None
+            self._freed += 1
 
     def run(self, requests: Iterable[Request]) -> Iterator[list[Update]]:
         """Decode all requests, and yield the updates of each call while the next one runs.
