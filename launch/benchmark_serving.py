@@ -3,15 +3,21 @@
 python launch/benchmark_serving.py --config=configs/paper.py:block_170m --rows=32 --requests=128
 
 Prints tokens per second of
-    equal       batches whose rows all have the mean prompt and answer length: an upper bound
-    continuous  the requests through `ContinuousDecoder`, as `launch/serve.py` decodes them
+    equal       one batch whose rows all have the mean prompt and answer length: an upper bound
+    saturated   the requests through `ContinuousDecoder`, as `launch/serve.py` decodes them, from
+                the start until no request waits for a row
+    continuous  the same until all have finished, with rows that become idle
     static      the same requests in batches of --rows, each as long as its longest row
-and the ratios. Answers have geometric lengths, prompts are spread evenly. Weights are random: speed
-does not depend on them. Programs are compiled before anything is measured.
+and the ratios, on a CPU also by CPU seconds, which other processes do not take. Answers have
+geometric lengths, prompts are spread evenly. Weights are random: speed does not depend on them.
+Programs are compiled before anything is measured.
 """
 
+import collections
 import dataclasses
+import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 
@@ -22,7 +28,17 @@ from absl import flags
 from blocktx import command_line
 from blocktx.benchmark import equal_vanilla, random_model
 from blocktx.config import ModelConfig
-from blocktx.decode import ContinuousDecoder, SamplingConfig, generate, seed_words
+from blocktx.decode import (
+    ContinuousDecoder,
+    Sampling,
+    SamplingConfig,
+    bucket,
+    decode_blocks,
+    generate,
+    layout_prompts,
+    prefill,
+    seed_words,
+)
 
 _CONFIG = flags.DEFINE_string("config", "configs/paper.py:block_170m", "FILE.py or FILE.py:NAME.")
 _VANILLA = flags.DEFINE_boolean("vanilla", False, "Measure the vanilla model of equal size.")
@@ -47,49 +63,90 @@ def main() -> None:
     lengths = rng.integers(_PROMPT_LOW.value, _PROMPT_HIGH.value + 1, _REQUESTS.value)
     answers = np.minimum(rng.geometric(1 / _ANSWER_MEAN.value, _REQUESTS.value), _ANSWER_MAX.value)
     prompts = [rng.integers(0, config.vocab_size, length).tolist() for length in lengths]
-    runs = _runs(config, prompts, answers)
-    for run in runs.values():
-        run()
-    seconds = {name: [] for name in runs}
+    runs = _runs(config, prompts, answers.tolist())
+    speeds = collections.defaultdict(list)  # by name: tokens per second, and per CPU second
     for _ in range(_REPEATS.value):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            tokens = run()
-            seconds[name].append((time.perf_counter() - begin) / tokens)
-    speed = {name: 1 / float(np.median(values)) for name, values in seconds.items()}
+        for run in runs:
+            for name, (tokens, seconds) in run().items():
+                speeds[name].append(tokens / np.array(seconds))
+                print(name, *speeds[name][-1].round(1), file=sys.stderr, flush=True)
     found = {
         "model": _CONFIG.value if not _VANILLA.value else f"vanilla of {_CONFIG.value}",
         "device": jax.devices()[0].device_kind,
         "rows": _ROWS.value,
-        "tokens_per_second": {name: round(value, 1) for name, value in speed.items()},
-        "continuous_over_equal": round(speed["continuous"] / speed["equal"], 3),
-        "continuous_over_static": round(speed["continuous"] / speed["static"], 3),
+        "requests": _REQUESTS.value,
     }
+    units = ["second", "cpu_second"] if jax.default_backend() == "cpu" else ["second"]
+    for index, unit in enumerate(units):
+        speed = {
+            name: float(np.median([x[index] for x in values])) for name, values in speeds.items()
+        }
+        found[f"per_{unit}"] = {
+            "tokens": {name: round(value, 1) for name, value in speed.items()},
+            "saturated_over_equal": round(speed["saturated"] / speed["equal"], 3),
+            "saturated_over_static": round(speed["saturated"] / speed["static"], 3),
+            "continuous_over_static": round(speed["continuous"] / speed["static"], 3),
+        }
     print(json.dumps(found, indent=2))
 
 
+def _clocks() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+# By name: tokens, and the seconds and CPU seconds that they took.
+_Found = dict[str, tuple[int, np.ndarray]]
+
+
 def _runs(
-    config: ModelConfig, prompts: list[list[int]], answers: np.ndarray
-) -> dict[str, Callable[[], int]]:
-    """Return functions that decode all requests and return the number of tokens."""
+    config: ModelConfig, prompts: list[list[int]], answers: list[int]
+) -> list[Callable[[], _Found]]:
+    """Return functions that decode, with all programs compiled."""
     model, params = random_model(config)
     rows, greedy = _ROWS.value, SamplingConfig(temperature=0)
 
-    def batch(prompts: list[list[int]], answers: list[int]) -> None:
+    def pad(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         longest = max(map(len, prompts))
-        tokens = np.array([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = np.arange(longest)[::-1] < np.array([[len(prompt)] for prompt in prompts])
-        generate(model, params, tokens, mask, max_new_tokens=answers, sampling=greedy)
+        tokens_BxT = np.array([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        return tokens_BxT, np.arange(longest)[::-1] < np.array([[len(p)] for p in prompts])
 
-    def equal() -> int:
-        length, answer = round(np.mean([len(p) for p in prompts])), round(answers.mean())
-        batch([[1] * length] * rows, [answer] * rows)
-        return rows * answer
+    # The nearest bucket: the bound has no padding.
+    block = config.block_length
+    whole = bucket(round(0.75 * np.mean([len(p) for p in prompts]) / block), block, config.blocks)
+    mean = round(np.mean(answers))
+    equal_batch = pad([[1] * whole * block] * rows), [mean] * rows
+    static_batches = [
+        (pad(prompts[start : start + rows]), answers[start : start + rows])
+        for start in range(0, len(prompts), rows)
+    ]
 
-    def static() -> int:
-        for start in range(0, len(prompts), rows):
-            batch(prompts[start : start + rows], answers[start : start + rows].tolist())
-        return int(answers.sum())
+    def compile_batches() -> None:
+        seen = set()
+        for (tokens_BxT, mask_BxT), budgets in [equal_batch, *static_batches]:
+            laid_out = layout_prompts(
+                tokens_BxT,
+                mask_BxT,
+                config,
+                max_new_tokens=budgets,
+                placement="pad",
+                pad_id=config.pad_id,
+            )
+            shape = laid_out.tokens_BxNxK.shape, laid_out.cache_blocks
+            if shape not in seen:
+                seen.add(shape)
+                sampling = Sampling.create(greedy, rows=len(laid_out.end_B))
+                state = prefill(model, params, laid_out)
+                state = decode_blocks(
+                    model, params, state, sampling, np.int32(0), np.int32(config.pad_id)
+                )
+                jax.block_until_ready(state)
+
+    def run_batches(name: str, batches: list) -> _Found:
+        begin = _clocks()
+        for (tokens_BxT, mask_BxT), budgets in batches:
+            options = dict(max_new_tokens=budgets, sampling=greedy)
+            generate(model, params, tokens_BxT, mask_BxT, **options)
+        return {name: (sum(sum(budgets) for _, budgets in batches), _clocks() - begin)}
 
     context = _PROMPT_HIGH.value + _ANSWER_MAX.value + config.block_length
     decoder = ContinuousDecoder(
@@ -100,16 +157,27 @@ def _runs(
         blocks_per_call=_BLOCKS_PER_CALL.value,
     )
     decoder.compile()
-    seed_2 = seed_words(0, 1)[0]
+    compile_batches()
 
-    def continuous() -> int:
+    def continuous() -> _Found:
         requests = [
-            decoder.request(prompt, max_new_tokens=int(answer), sampling=greedy, seed_2=seed_2)
-            for prompt, answer in zip(prompts, answers, strict=True)
+            decoder.request(p, max_new_tokens=n, sampling=greedy, seed_2=seed_words(0, 1)[0])
+            for p, n in zip(prompts, answers, strict=True)
         ]
-        return sum(len(update.tokens) for new in decoder.run(requests) for update in new)
+        found, tokens, waiting, begin = {}, 0, set(requests), _clocks()
+        for updates in decoder.run(requests):
+            tokens += sum(len(update.tokens) for update in updates)
+            waiting -= {update.request for update in updates}
+            found["continuous"] = tokens, _clocks() - begin
+            if waiting:
+                found["saturated"] = found["continuous"]
+        return found
 
-    return {"equal": equal, "continuous": continuous, "static": static}
+    return [
+        functools.partial(run_batches, "equal", [equal_batch]),
+        continuous,
+        functools.partial(run_batches, "static", static_batches),
+    ]
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class ContinuousDecoder:
         self._requests: list[Request | None] = [None] * (-(-rows // self._parts) * self._parts)
         self._sampling: Sampling | None = None  # of the requests in rows
         self._in_flight: tuple[Outputs, list[Request]] | None = None
+        self._freed = 0  # rows that became free since requests were admitted
         self._state = self._init()
 
     @property
@@ -149,8 +150,9 @@ class ContinuousDecoder:
             pad_id=self._pad_id,
             first_row=row,
         )
+        blocks = self._prefill_blocks(-(-int(prompt.begin_B[0]) // self.config.block_length))
         return Request(
-            prompt=prompt,
+            prompt=prompt.replace(tokens_BxNxK=prompt.tokens_BxNxK[:, :blocks]),
             sampling=sampling,
             seed_2=seed_2,
             stop=check_stop_tokens(stop),
@@ -160,27 +162,27 @@ class ContinuousDecoder:
     def compile(self) -> None:
         """Compile all programs. Afterwards nothing is compiled while stop tokens are 8 or fewer."""
         blocks = 0
-        while (blocks := bucket(blocks + 1, self.config.block_length, self.config.blocks)) < (
-            self.config.blocks
-        ):
+        while blocks < self.config.blocks:
+            blocks = self._prefill_blocks(blocks + 1)
             self._admit(blocks, [])
-        self._admit(self.config.blocks, [])
         self._start(blocks=0)
         self.finish()
 
     def admit(self, waiting: collections.deque[Request]) -> None:
         """Move requests from `waiting`, the first ones first, to free rows.
 
-        The prompts of a call have as many positions together as one context or less, so that
-        other rows wait for at most one prefill of the longest prompt.
+        Rows that became free since the last call are filled, so that none stays idle while
+        requests wait. More free rows are filled while all prompts together have as many positions
+        as one context or less: a burst holds up running rows for one prefill of the longest prompt.
         """
         free = [row for row, request in enumerate(self._requests) if request is None]
+        at_once, self._freed = self._freed if self.running else self.rows, 0
         positions, by_bucket = 0, collections.defaultdict(list)
-        for row in free:
+        for count, row in enumerate(free):
             if not waiting:
                 break
             positions += waiting[0].prompt_blocks
-            if by_bucket and positions > self.config.blocks:
+            if count >= max(1, at_once) and positions > self.config.blocks:
                 break
             request = waiting.popleft()
             request.row, self._requests[row] = row, request
@@ -195,11 +197,12 @@ class ContinuousDecoder:
         """Start a device call for the requests in rows, without waiting for it.
 
         Args:
-          waiting: whether requests wait for a free row; the call then ends with the first row that
-            reaches its budget.
+          waiting: whether requests wait. The call then ends with the first row that reaches its
+            budget, or after one block if a row is free.
         """
         left = [request.blocks_left for request in self.requests]
-        self._start(min(self._blocks_per_call, min(left) if waiting else max(left)))
+        blocks = max(left) if not waiting else 1 if len(left) < self.rows else min(left)
+        self._start(min(self._blocks_per_call, blocks))
 
     def finish(self) -> list[Update]:
         """Wait for the call in flight, free the rows that finished, and return the new tokens."""
@@ -219,6 +222,7 @@ class ContinuousDecoder:
         """Free the row of a request, if it has one. There are no more updates of it."""
         if request.row is not None:
             self._requests[request.row] = request.row = self._sampling = None
+            self._freed += 1
 
     def run(self, requests: Iterable[Request]) -> Iterator[list[Update]]:
         """Decode all requests, and yield the updates of each call while the next one runs.
@@ -244,6 +248,15 @@ class ContinuousDecoder:
                 sharding = NamedSharding(sharding.mesh, PartitionSpec())
             state = jax.device_put(state, sharding)
         return state
+
+    def _prefill_blocks(self, blocks: int) -> int:
+        """Return `blocks` rounded up to the size of a prefill: a bucket, or three quarters of one.
+
+        Of a long prompt's prefill, powers of two alone would waste a third.
+        """
+        size = bucket(blocks, self.config.block_length, self.config.blocks)
+        smallest = bucket(1, self.config.block_length, self.config.blocks)
+        return size * 3 // 4 if max(blocks, smallest) <= size * 3 // 4 else size
 
     def _capacity(self, blocks: int) -> tuple[int, int]:
         """Return the prompts of a prefill call, and of a group in it, for a bucket of prompts."""

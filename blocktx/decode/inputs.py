@@ -38,8 +38,16 @@ def encode_prompts(prompts: Any, tokenizer: Tokenizer) -> list[list[int]]:
     return [list(row) or [tokenizer.end_id] for row in ids]
 
 
-def encode_text(text: str, tokenizer: Tokenizer, row: int = 0) -> list[int]:
+def encode_text(
+    text: str, tokenizer: Tokenizer, row: int = 0, special_tokens: bool = False
+) -> list[int]:
     """Return the token ids of a text.
+
+    Args:
+      text: the text.
+      tokenizer: encodes it.
+      row: its number, for messages.
+      special_tokens: whether the names of special tokens in it are these tokens.
 
     Raises:
       ValueError: it is not valid Unicode, or has no character that the tokenizer knows.
@@ -48,7 +56,7 @@ def encode_text(text: str, tokenizer: Tokenizer, row: int = 0) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"prompts: row {row} is not valid Unicode: {error}") from None
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text, special_tokens=special_tokens)
     if text and not ids:
         raise ValueError(f"prompts: row {row}, {text!r:.200}, has nothing the tokenizer knows")
     return ids

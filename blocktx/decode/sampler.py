@@ -6,7 +6,7 @@ Filters apply in this order: top-k; top-p on the renormalised rest; min-p.
 import jax
 import jax.numpy as jnp
 
-from blocktx.decode.sampling import Sampling
+from blocktx.decode.sampling import LEAST_TEMPERATURE, Sampling
 
 _CHUNK = 128  # tokens that are summed before the others
 
@@ -58,7 +58,7 @@ def _filter(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
     Each filter scans the vocabulary, so it runs under `lax.cond`. It leaves rows that do not use it
     unchanged, bit by bit.
     """
-    scaled_BxV = logits_BxV / jnp.maximum(sampling.temperature_B, 1e-6)[:, None]
+    scaled_BxV = logits_BxV / jnp.maximum(sampling.temperature_B, LEAST_TEMPERATURE)[:, None]
 
     def by_top_k(scaled_V: jax.Array, logits_V: jax.Array, top_k: jax.Array) -> jax.Array:
         order_V = _ordered(logits_V)  # unscaled: a high temperature rounds differences away

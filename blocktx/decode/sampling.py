@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import numpy as np
 
+LEAST_TEMPERATURE = 1e-6  # of rows that are sampled; smaller ones may be 0 in float32
 _STOP_TOKENS = 8  # per row, at least; more are rounded up to a power of two
 
 
@@ -129,7 +130,10 @@ class Sampling:
         most = max(map(len, stops), default=0)
         width = max(_STOP_TOKENS, 1 << max(most - 1, 0).bit_length())
         return cls(
-            temperature_B=np.array([c.temperature for c in configs], np.float32),
+            temperature_B=np.array(
+                [c.temperature and max(c.temperature, LEAST_TEMPERATURE) for c in configs],
+                np.float32,
+            ),
             top_k_B=np.array([c.top_k for c in configs], np.int32),
             top_p_B=np.array([c.top_p for c in configs], np.float32),
             min_p_B=np.array([c.min_p for c in configs], np.float32),

@@ -1,11 +1,9 @@
 """HTTP routes."""
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,12 +13,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from blocktx.decode import Engine
-from blocktx.serve.body import Fields, parse_json
+from blocktx.serve.body import Fields, parse_json, show
 from blocktx.serve.chat import ChatTemplate
 from blocktx.serve.errors import ApiError
 from blocktx.serve.handlers import Handlers
 from blocktx.serve.metrics import Metrics
-from blocktx.serve.protocol import Completion, check_model, parse_chat, parse_completion
+from blocktx.serve.protocol import Completion, check_model, is_id, parse_chat, parse_completion
 from blocktx.serve.scheduler import Scheduler
 
 _log = logging.getLogger("blocktx.serve")
@@ -78,7 +76,7 @@ class App:
             ("/health", self._health, "GET"),
             ("/metrics", self._metrics_text, "GET"),
         ]
-        return Starlette(
+        app = Starlette(
             routes=[Route(path, handler, methods=[method]) for path, handler, method in routes],
             exception_handlers={
                 ApiError: _api_error,
@@ -86,6 +84,8 @@ class App:
                 Exception: _unexpected_error,
             },
         )
+        app.router.redirect_slashes = False
+        return app
 
     async def _completions(self, request: Request) -> Response:
         body = await self._body(request)
@@ -128,7 +128,7 @@ class App:
         check_model(fields, self._config.model)
         text = fields.text("prompt")
         if text is None:
-            raise ApiError("prompt: must be a string", param="prompt")
+            raise ApiError("prompt: got null, must be a string", param="prompt")
         tokenizer = self._engine.tokenizer
         # A text that is the name of a special token is how clients ask for its id.
         name = text in {
@@ -143,10 +143,11 @@ class App:
         fields = Fields(await self._body(request))
         check_model(fields, self._config.model)
         tokens, size = fields.get("tokens"), self._engine.config.model.vocab_size
-        if not isinstance(tokens, list) or not all(
-            isinstance(t, int) and not isinstance(t, bool) and 0 <= t < size for t in tokens
-        ):
-            raise ApiError(f"tokens: must be a list of ids below {size}", param="tokens")
+        if not isinstance(tokens, list) or not all(is_id(t) and t < size for t in tokens):
+            raise ApiError(
+                f"tokens: got {show(tokens)}, must be a list of token ids from 0 to {size - 1}",
+                param="tokens",
+            )
         text = await self._handlers.in_thread(self._engine.tokenizer.decode, tokens)
         return _json({"prompt": text})
 
@@ -172,12 +173,22 @@ class App:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        most, body = self._config.body_bytes, bytearray()
-        with _too_large(request, most):
-            async for part in request.stream():
-                body += part
-                if len(body) > most:
-                    raise ApiError(f"the body is larger than {most} bytes", status=413)
+        _check_headers(request)
+        most, seconds, body = self._config.body_bytes, self._config.request_seconds, bytearray()
+        length = request.headers.get("content-length", "0")
+        too_large = ApiError(f"the body is larger than {most} bytes", status=413)
+        if length.isdigit() and int(length[:20]) > most:
+            raise too_large
+        try:
+            async with asyncio.timeout(seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most:
+                        raise too_large
+        except ClientDisconnect:
+            raise ApiError("the client disconnected") from None
+        except TimeoutError:
+            raise ApiError(f"the body did not arrive in {seconds:g} s", status=408) from None
         return parse_json(bytes(body))
 
 
@@ -186,16 +197,20 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-@contextlib.contextmanager
-def _too_large(request: Request, most: int) -> Iterator[None]:
-    """Refuse a body by its announced length, and a client that leaves while it sends."""
-    length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length[:20]) > most:
-        raise ApiError(f"the body is larger than {most} bytes", status=413)
-    try:
-        yield
-    except ClientDisconnect:
-        raise ApiError("the client disconnected") from None
+def _check_headers(request: Request) -> None:
+    """Refuse bodies of another type, as web pages can send to any address without being asked."""
+    given = request.headers.get("content-type")
+    kind = (given or "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(
+            f"Content-Type: got {show(given)}, must be application/json (curl: --json)", status=415
+        )
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ApiError(
+            f"Content-Encoding: got {show(encoding)}, must be left out; send it as it is",
+            status=415,
+        )
 
 
 def _json(body: dict[str, Any], status: int = 200, headers: dict | None = None) -> Response:
@@ -212,10 +227,15 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return await _api_error(request, ApiError(message, status=error.status_code))
+    path = request.scope["path"]  # `request.url` fails if the header Host is invalid
+    message = f"{request.method} {show(path)}: {error.detail}"
+    if error.headers:
+        message += f"; {', '.join(f'{name}: {value}' for name, value in error.headers.items())}"
+    answer = await _api_error(request, ApiError(message, status=error.status_code))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:
-    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    _log.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
     return await _api_error(request, ApiError("internal error", status=500))

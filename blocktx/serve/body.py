@@ -1,5 +1,6 @@
 """Request bodies: JSON to checked fields."""
 
+import collections
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -12,14 +13,23 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """Return the JSON object of a body.
 
     Raises:
-      ApiError: 400: it is not UTF-8, not JSON, nested too deeply, or not an object.
+      ApiError: 400: it is empty, not UTF-8, not JSON, nested too deeply, not an object, or an
+        object of it has a name twice.
     """
+    if not body:
+        raise ApiError('the body is empty, must be a JSON object, such as {"prompt": "Once"}')
     try:
-        parsed = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        parsed = json.loads(
+            body.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_without_duplicates,
+        )
     except UnicodeDecodeError as error:
-        raise ApiError(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise ApiError(
+            f"the body is not UTF-8: {error.reason} at byte {error.start}; encode it as UTF-8"
+        ) from None
     except RecursionError:
-        raise ApiError("the body is nested too deeply") from None
+        raise ApiError("the body is nested too deeply; no field needs more than 3 levels") from None
     except ValueError as error:  # also numbers with more digits than Python converts
         raise ApiError(f"the body is not valid JSON: {error}"[:300]) from None
     if not isinstance(parsed, dict):
@@ -29,6 +39,15 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = collections.Counter(name for name, _ in pairs)
+        name = names.most_common(1)[0][0]
+        raise ApiError(f"{show(name)}: is there {names[name]} times, must be there once")
+    return found
 
 
 class Fields:
@@ -75,15 +94,21 @@ class Fields:
         value = self.get(name)
         value = [] if value is None else value if isinstance(value, list) else [value]
         if not all(map(check, value)) or len(value) > most:
-            raise ApiError(f"{name}: got {show(value)}, must be {what}, at most {most}", param=name)
+            count = f"{len(value)} items, " if len(value) > most else ""
+            raise ApiError(
+                f"{name}: got {count}{show(value)}, must be {what}, at most {most}", param=name
+            )
         return value
 
     def refuse(self, unsupported: dict[str, tuple]) -> None:
         """Raise an ApiError for a field that is not supported, unless it has one of some values."""
         for name, neutral in unsupported.items():
             value = self.get(name)
-            if value is not None and value not in neutral:
-                raise ApiError(f"{name}: got {show(value)}, is not supported", param=name)
+            if value is not None and not any(_same(value, other) for other in neutral):
+                values = " or ".join([*map(show, neutral), "left out"])
+                raise ApiError(
+                    f"{name}: got {show(value)}, is not supported, must be {values}", param=name
+                )
 
     def unknown(self) -> Iterable[str]:
         """Return the names of fields that nothing has read."""
@@ -98,6 +123,11 @@ class Fields:
             bound = f"of {low} or greater" if high == math.inf else f"from {low} to {high}"
             raise ApiError(f"{name}: got {show(value)}, must be {what} {bound}", param=name)
         return value
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Return whether two JSON values are equal; Python's True equals 1."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 
 def show(value: Any) -> str:

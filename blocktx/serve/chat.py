@@ -44,7 +44,9 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **self._variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except ApiError:
+            raise
+        except Exception as error:  # a template may fail in any way for odd messages
             raise ApiError(f"messages: the chat template refuses them: {error}"[:300]) from None
 
 
@@ -56,7 +58,10 @@ def _text(content: Any) -> str:
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         return "".join(part["text"] for part in content)
-    raise ApiError(f"content: got {show(content)}, must be text", param="messages")
+    raise ApiError(
+        f"messages: got content {show(content)}, must be a string or a list of text parts",
+        param="messages",
+    )
 
 
 def _raise(message: str) -> None:

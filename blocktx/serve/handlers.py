@@ -63,22 +63,30 @@ class Handlers:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._tokenizing, function, *args)
 
-    def encode(self, prompt: str | list[int], chat: bool = False) -> list[int]:
+    def encode(self, prompt: str | list[int], special: bool = False, number: int = 0) -> list[int]:
         """Return the token ids of a prompt; of an empty one, the end token.
+
+        Args:
+          prompt: text or token ids.
+          special: whether the names of special tokens in a text are these tokens.
+          number: the prompt's number, for messages.
 
         Raises:
           ApiError: 400: invalid Unicode or token ids, or nothing that the tokenizer knows.
         """
-        tokenizer = self._engine.tokenizer
-        try:
-            if not isinstance(prompt, str):
-                ids = prompt
-            elif chat:
-                ids = tokenizer.encode(prompt, special_tokens=True)
-            else:
-                ids = encode_text(prompt, tokenizer)
-        except (ValueError, UnicodeError) as error:
-            raise ApiError(str(error), param="prompt") from None
+        tokenizer, size = self._engine.tokenizer, self._engine.config.model.vocab_size
+        if isinstance(prompt, str):
+            try:
+                ids = encode_text(prompt, tokenizer, number, special)
+            except ValueError as error:
+                raise ApiError(str(error), param="prompt") from None
+        else:
+            ids = prompt
+            for id_ in ids:
+                if id_ >= size:
+                    raise ApiError(
+                        f"prompt: got token id {id_}, must be from 0 to {size - 1}", param="prompt"
+                    )
         return list(ids) or [tokenizer.end_id]
 
     async def jobs(
@@ -90,8 +98,9 @@ class Handlers:
           ApiError: 400: a prompt is invalid or does not fit the context.
         """
         loop = asyncio.get_running_loop()
-        encode = functools.partial(self.encode, chat=completion.chat)
         total = len(completion.prompts) * completion.n
+        self._scheduler.check_size(total)
+        self._check_limits(completion)
         seed_Bx2 = seed_words(completion.seed, total)
         choices: list[_Choice] = []
 
@@ -99,11 +108,13 @@ class Handlers:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-        for prompt in completion.prompts:
-            ids = await self.in_thread(encode, prompt)
+        for number, prompt in enumerate(completion.prompts):
+            ids = await self.in_thread(self.encode, prompt, completion.chat, number)
             for _ in range(completion.n):
                 index = len(choices)
-                job = self._job(completion, ids, seed_Bx2[index], functools.partial(emit, index))
+                job = self._job(
+                    completion, ids, number, seed_Bx2[index], functools.partial(emit, index)
+                )
                 echo = None
                 if completion.echo:
                     echo = prompt if isinstance(prompt, str) else self._engine.tokenizer.decode(ids)
@@ -114,7 +125,9 @@ class Handlers:
                 choices.append(_Choice(job, echo, logprobs))
         return choices
 
-    def _job(self, completion: Completion, ids: list[int], seed_2: Any, emit: Callable) -> Job:
+    def _job(
+        self, completion: Completion, ids: list[int], number: int, seed_2: Any, emit: Callable
+    ) -> Job:
         tokenizer, scored = self._engine.tokenizer, completion.logprobs is not None
         request, limit = None, self._decoder.config.context_length
         try:
@@ -134,14 +147,15 @@ class Handlers:
                         *completion.stop_ids,
                     ],
                     score=0 if not scored else 2 if completion.logprobs else 1,
+                    row=number,
                 )
             elif len(ids) > self._scorer.longest:
                 raise ValueError(
-                    f"the prompt ({len(ids)} tokens) does not fit the context of {limit} tokens"
+                    f"prompt: row {number} has {len(ids)} tokens, must be at most "
+                    f"{self._scorer.longest} with echo"
                 )
         except ValueError as error:
-            code = "context_length_exceeded" if "fit" in str(error) else None
-            raise ApiError(str(error), param="prompt", code=code) from None
+            raise ApiError(str(error), param="prompt", code="context_length_exceeded") from None
         return Job(
             prompt=ids,
             request=request,
@@ -150,6 +164,23 @@ class Handlers:
             emit=emit,
             deadline=time.monotonic() + self._seconds,
         )
+
+    def _check_limits(self, completion: Completion) -> None:
+        """Raise an ApiError for what no prompt could make right."""
+        limit, size = self._decoder.config.context_length, self._engine.config.model.vocab_size
+        if completion.max_tokens is not None and completion.max_tokens >= limit:
+            raise ApiError(
+                f"max_tokens: got {completion.max_tokens}, must be less than the context of "
+                f"{limit} tokens, which has room for the prompt too",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        for id_ in completion.stop_ids:
+            if id_ >= size:
+                raise ApiError(
+                    f"stop_token_ids: got {id_}, must be from 0 to {size - 1}",
+                    param="stop_token_ids",
+                )
 
     def submit(self, choices: list[_Choice]) -> None:
         """Submit the jobs of choices; those with nothing to compute end at once."""

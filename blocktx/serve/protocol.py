@@ -11,6 +11,7 @@ from blocktx.serve.errors import ApiError
 
 TOP_LOGPROBS = 5
 _STOP_STRINGS = 16
+_STOP_CHARACTERS = 1000  # the search for the beginning of a longer one would hold up others
 STOP_TOKENS = 4
 _CHOICES = 128
 _INT64 = 2**63 - 1
@@ -75,7 +76,9 @@ def parse_completion(body: dict[str, Any], model: str) -> Completion:
     echo = fields.boolean("echo")
     max_tokens = fields.integer("max_tokens", 16, 0, _INT64)
     if max_tokens == 0 and not echo:
-        raise ApiError("max_tokens: got 0, must be 1 or greater without echo", param="max_tokens")
+        raise ApiError(
+            "max_tokens: got 0, must be 1 or greater unless echo is true", param="max_tokens"
+        )
     logprobs = fields.integer("logprobs", None, 0, TOP_LOGPROBS)
     return _completion(
         fields, prompts, chat=False, max_tokens=max_tokens, logprobs=logprobs, echo=echo
@@ -126,16 +129,23 @@ def _completion(fields: Fields, prompts: list, **known: Any) -> Completion:
     n = fields.integer("n", 1, 1, _CHOICES)
     seed = fields.integer("seed", None, -(2**63), _INT64)
     stop = fields.items(
-        "stop", lambda x: isinstance(x, str) and x != "", "non-empty strings", _STOP_STRINGS
+        "stop",
+        lambda x: isinstance(x, str) and 0 < len(x) <= _STOP_CHARACTERS,
+        f"strings of 1 to {_STOP_CHARACTERS} characters",
+        _STOP_STRINGS,
     )
     stream = fields.boolean("stream")
     options = fields.get("stream_options")
     if options is not None and not stream:
-        raise ApiError("stream_options: needs stream to be true", param="stream_options")
+        raise ApiError(
+            f"stream_options: got {show(options)}, must be left out unless stream is true",
+            param="stream_options",
+        )
     if not isinstance(options, dict | None):
         raise ApiError(
             f"stream_options: got {show(options)}, must be an object", param="stream_options"
         )
+    include_usage = Fields(options or {}).boolean("include_usage")
     try:
         sampling = SamplingConfig(
             temperature=fields.real("temperature", 1.0, 0, 100),
@@ -151,10 +161,10 @@ def _completion(fields: Fields, prompts: list, **known: Any) -> Completion:
         seed=secrets.randbits(63) if seed is None else seed % 2**64,
         n=n,
         stop=stop,
-        stop_ids=fields.items("stop_token_ids", _is_id, "token ids", STOP_TOKENS),
+        stop_ids=fields.items("stop_token_ids", is_id, "token ids", STOP_TOKENS),
         ignore_eos=fields.boolean("ignore_eos"),
         stream=stream,
-        include_usage=Fields(options or {}).boolean("include_usage"),
+        include_usage=include_usage,
         **known,
     )
     if unknown := list(fields.unknown()):
@@ -166,9 +176,9 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
-        if all(map(_is_id, prompt)):
+        if all(map(is_id, prompt)):
             return [prompt]
-        if all(isinstance(p, str) or (isinstance(p, list) and all(map(_is_id, p))) for p in prompt):
+        if all(isinstance(p, str) or (isinstance(p, list) and all(map(is_id, p))) for p in prompt):
             return prompt
     raise ApiError(
         f"prompt: got {show(prompt)}, must be a string, a list of token ids, or a list of these",
@@ -176,7 +186,8 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     )
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
+    """Return whether a JSON value may be a token id."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 

@@ -103,22 +103,28 @@ class Scheduler:
         """The error that ended the thread, if any."""
         return self._failure
 
+    def check_size(self, jobs: int) -> None:
+        """Refuse more jobs of one request than the queue holds.
+
+        Raises:
+          ApiError: 400.
+        """
+        if jobs > self._size:
+            raise ApiError(
+                f"n: got {jobs} completions, of all prompts together, must be at most "
+                f"{self._size}, the queue of this server",
+                param="n",
+            )
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs, all or none.
 
         Raises:
-          ApiError: 429 if the queue is full, 503 if the server stops, 400 if the jobs are more than
-            the queue holds.
+          ApiError: 429 if the queue is full, 503 if the server stops.
         """
         with self._condition:
             if not self.accepting:
                 raise ApiError("the server is shutting down", status=503, retry_after=_RETRY_AFTER)
-            if len(jobs) > self._size:
-                raise ApiError(
-                    f"prompt, n: {len(jobs)} completions are more than the queue of this server "
-                    f"holds ({self._size})",
-                    param="n",
-                )
             if self._queued + len(jobs) > self._size:
                 raise ApiError(
                     f"the queue is full ({self._size} requests); try again later",

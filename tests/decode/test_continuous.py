@@ -159,7 +159,6 @@ def test_cancelled_requests_free_their_rows(one):
     decoder = one.decoder
     queue = waiting(decoder, range(6), max_new_tokens=39, stop=[])
     requests = list(queue)
-    decoder.admit(queue)  # twice: a prefill is at most a context long, here two prompts
     decoder.admit(queue)
     assert (decoder.running, len(queue)) == (4, 2)
     decoder.start(True)
@@ -175,31 +174,42 @@ def test_cancelled_requests_free_their_rows(one):
     assert one.run([7]) == {7: one.together[7]}  # and nothing of them is left in the rows
 
 
-def test_a_prefill_is_at_most_a_context_long(one):
+@pytest.mark.parametrize(("length", "at_once"), [(110, 1), (70, 1), (7, 2)])  # 32, 24, 16 blocks
+def test_running_rows_wait_for_one_prefill_of_a_burst(one, length, at_once):
     decoder = one.decoder
-    queue = waiting(decoder, range(4), tokens=[1] * 70, max_new_tokens=8)  # 32 of 32 blocks each
+    queue = waiting(decoder, [0], tokens=[1] * 9, max_new_tokens=8)
     decoder.admit(queue)
-    assert (decoder.running, len(queue)) == (1, 3)
-    decoder.admit(queue)
-    assert (decoder.running, len(queue)) == (2, 2)
+    burst = waiting(decoder, range(6), tokens=[1] * length, max_new_tokens=8)
+    for running in range(1 + at_once, 4, at_once):
+        decoder.admit(burst)
+        assert decoder.running == running
+    decoder.admit(burst)
+    assert (decoder.running, len(burst)) == (4, 3)
+    # Rows that were freed are filled together, whatever the length of their prompts.
+    for request in decoder.requests[:3]:
+        decoder.cancel(request)
+    decoder.admit(burst)
+    assert (decoder.running, len(burst)) == (4, 0)
     for request in decoder.requests:
         decoder.cancel(request)
-    queue = waiting(decoder, range(4), tokens=[1] * 7, max_new_tokens=8)  # 16 blocks each
-    decoder.admit(queue)
-    assert (decoder.running, len(queue)) == (2, 2)
+    # Nobody waits for these.
+    burst = waiting(decoder, range(6), tokens=[1] * length, max_new_tokens=8)
+    decoder.admit(burst)
+    assert (decoder.running, len(burst)) == (4, 2)
     for request in decoder.requests:
         decoder.cancel(request)
 
 
 def test_calls_end_when_a_row_is_free_for_who_waits(one):
     decoder = one.decoder
-    queue = waiting(decoder, range(2), tokens=[1] * 8, max_new_tokens=24, stop=[])
-    queue += waiting(decoder, [2], tokens=[1] * 8, max_new_tokens=8, stop=[])
+    queue = waiting(decoder, range(2), tokens=[1] * 8, max_new_tokens=28, stop=[])
+    queue += waiting(decoder, [2, 3], tokens=[1] * 8, max_new_tokens=8, stop=[])
     decoder.admit(queue)
-    decoder.admit(queue)  # two prompts of 16 blocks fill a prefill
-    assert decoder.running == 3
+    assert decoder.running == 4
     decoder.start(waiting=True)
-    assert [len(update.tokens) for update in decoder.finish()] == [8, 8, 8]
+    assert [len(update.tokens) for update in decoder.finish()] == [8, 8, 8, 8]
+    decoder.start(waiting=True)  # two rows are free
+    assert [len(update.tokens) for update in decoder.finish()] == [4, 4]
     decoder.start(waiting=False)
     assert [len(update.tokens) for update in decoder.finish()] == [12, 12]  # all blocks of a call
     for request in decoder.requests:

@@ -14,9 +14,11 @@ from blocktx.config.model import BlockConfig, StackConfig
 from blocktx.cost import count_params
 from blocktx.data.tokenizer import Tokenizer
 from blocktx.decode import texts
+from blocktx.decode.continuous import ContinuousDecoder
 from blocktx.decode.engine import Generation
 from blocktx.decode.generate import Generated
 from blocktx.decode.sampling import SamplingConfig
+from blocktx.progress_bar import ProgressBar
 from blocktx.train.loop import train
 from tests.helpers.compile_events import compilations
 from tests.helpers.tiny_run import run_config, write_corpus
@@ -202,7 +204,7 @@ def test_bad_options(engine, options, message):
 
 
 def test_prompt_without_a_known_character(engine, monkeypatch):
-    monkeypatch.setattr(engine.tokenizer, "encode", lambda text: [])
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda *_, **__: [])
     with pytest.raises(ValueError, match="prompts: row 0, 'token', has nothing the tokenizer"):
         engine.generate("token")
 
@@ -260,6 +262,50 @@ def test_more_prompts_than_rows_are_decoded_continuously(engine, return_logprobs
         same = dict(logprobs=None)
         assert dataclasses.replace(got, **same) == dataclasses.replace(expected, **same)
     assert {got.finish_reason for got in continuous} == {"stop", "length"}
+
+
+def test_a_thousand_prompts_share_rows_programs_and_a_progress_bar(engine, monkeypatch):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 300, rng.integers(1, 17)).tolist() for _ in range(1000)]
+    budgets = np.minimum(rng.geometric(1 / 4, 1000), 16).tolist()
+    bars, blocks = [], []
+
+    class Bar(ProgressBar):
+        def close(self):
+            bars.append((self.n, self.total, self.desc))
+            super().close()
+
+    start = ContinuousDecoder._start
+
+    def counted(self, count):
+        blocks.append(count)
+        start(self, count)
+
+    monkeypatch.setattr(texts, "ProgressBar", Bar)
+    monkeypatch.setattr(ContinuousDecoder, "_start", counted)
+
+    def generate(count):
+        return engine.generate(
+            prompts[:count],
+            max_new_tokens=budgets[:count],
+            rows=8,
+            temperature=0,
+            return_logprobs=True,
+        )
+
+    few = generate(20)
+    bars.clear()
+    blocks.clear()
+    with compilations() as compiled:
+        many = generate(1000)
+    assert not compiled
+    assert bars == [(1000, 1000, "generating: ")]
+    assert [g.tokens for g in many[:20]] == [g.tokens for g in few]
+    # A block more than the budget's where a budget begins or ends inside a block.
+    assert sum(blocks) <= sum(-(-budget // 4) + 1 for budget in budgets) / 8 + 5
+    assert sum(blocks) < 0.75 * sum(
+        max(-(-b // 4) for b in budgets[i : i + 8]) for i in range(0, 1000, 8)
+    )
 
 
 def test_a_mistake_names_the_prompt_of_many(engine):

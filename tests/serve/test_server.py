@@ -14,7 +14,7 @@ import pytest
 
 from blocktx.evaluate.scoring import score
 from blocktx.serve.scoring import PromptScorer
-from tests.helpers import served
+from tests.helpers import malformed, served
 
 REQUESTS = 256
 CLIENTS = 40
@@ -191,91 +191,6 @@ def test_openai_client_sees_its_exceptions(openai):
         openai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}])
 
 
-MALFORMED = [
-    b"",
-    b"{",
-    b"[]",
-    b"3",
-    b"\xff\xfe{}",
-    b'{"prompt": "a", "temperature": NaN}',
-    b'{"prompt": "a", "max_tokens": 1e999}',
-    b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}",
-    b'{"prompt": "\\ud800"}',
-    b"[" * 100_000,
-    b'{"prompt": ' + b"[" * 100_000,
-    b'{"prompt": "a", "stop": ' + b'{"a":' * 50_000,
-    *(
-        json.dumps(dict(dict(prompt="a"), **fields)).encode()
-        for fields in (
-            dict(prompt=None),
-            dict(prompt=3),
-            dict(prompt={}),
-            dict(prompt=[]),
-            dict(prompt=[None]),
-            dict(prompt=[-1]),
-            dict(prompt=[1.5]),
-            dict(prompt=[[True]]),
-            dict(prompt=[300]),
-            dict(prompt=[2**40]),
-            dict(prompt=["a", 3]),
-            dict(prompt=["a"] * 5000),
-            dict(max_tokens=-1),
-            dict(max_tokens=0),
-            dict(max_tokens=2.5),
-            dict(max_tokens="9"),
-            dict(max_tokens=True),
-            dict(max_tokens=10**30),
-            dict(max_tokens=2**62),
-            dict(max_tokens=128),
-            dict(temperature="hot"),
-            dict(temperature=-0.1),
-            dict(temperature=10**400),
-            dict(temperature=[]),
-            dict(top_p=0),
-            dict(top_p=1.1),
-            dict(top_k=-2),
-            dict(top_k=2**40),
-            dict(min_p=2),
-            dict(n=0),
-            dict(n=10**9),
-            dict(seed="1"),
-            dict(seed=2**70),
-            dict(seed=1.5),
-            dict(stop=[""]),
-            dict(stop=[3]),
-            dict(stop={}),
-            dict(stop=["a"] * 99),
-            dict(stop_token_ids=["a"]),
-            dict(stop_token_ids=[-1]),
-            dict(logprobs=6),
-            dict(logprobs=True),
-            dict(logprobs=-1),
-            dict(echo=1),
-            dict(stream="yes"),
-            dict(stream_options={"include_usage": True}),
-            dict(stream=True, stream_options=[]),
-            dict(stream=True, stream_options={"include_usage": 1}),
-            dict(suffix="a"),
-            dict(best_of=2),
-            dict(logit_bias={"5": 100}),
-            dict(presence_penalty=1),
-            dict(frequency_penalty="a"),
-            dict(model=3),
-            dict(ignore_eos=0),
-        )
-    ),
-]
-
-
-@pytest.mark.parametrize("body", MALFORMED, ids=lambda body: body[:40].decode("latin-1"))
-def test_malformed_bodies_are_4xx_with_an_error_object(live, body):
-    response = httpx.post(f"{live.url}/v1/completions", content=body, timeout=30)
-    assert 400 <= response.status_code < 500, response.text
-    error = response.json()["error"]
-    assert {"message", "type", "param", "code"} == error.keys()
-    assert 0 < len(error["message"]) < 1000
-
-
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_body_of_10_mb_is_refused(live, announced):
     body = json.dumps(dict(prompt="a" * 10**7)).encode()
@@ -286,22 +201,6 @@ def test_a_body_of_10_mb_is_refused(live, announced):
         return
     assert response.status_code == 413
     assert "larger than 4194304 bytes" in response.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/nowhere", 404),
-        ("GET", "/v1/completions", 405),
-        ("POST", "/health", 405),
-        ("POST", "/tokenize", 400),
-        ("POST", "/detokenize", 400),
-    ],
-)
-def test_wrong_routes(live, method, path, status):
-    response = httpx.request(method, live.url + path, json={})
-    assert response.status_code == status
-    assert response.json()["error"]["code"] == status
 
 
 def test_tokenizer_routes(live, engine):
@@ -348,7 +247,7 @@ def test_nothing_leaks_whatever_clients_do(live, expected, count):
                 except httpx.TimeoutException:
                     pass
             elif kind == "malformed":
-                content = MALFORMED[number % len(MALFORMED)]
+                content = malformed.ALL[number % len(malformed.ALL)]
                 assert 400 <= (await client.post(url, content=content)).status_code < 500
             elif kind == "too long":
                 response = await client.post(url, json=body | dict(max_tokens=127 + number))
