@@ -33,6 +33,7 @@ class Formulations:
       sampler: chunked: argmax and categorical draws by sums of chunks.
       pallas: interpreted: kernels run without their hardware, slowly, and cudnn as XLA.
       prefill_positions: positions of prompts that a device reads at once.
+      loss_tokens: tokens of a device whose logits the fused loss forms at once.
     """
 
     self_attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"
@@ -48,10 +49,11 @@ class Formulations:
     sampler: Literal["auto", "plain", "chunked"] = "auto"
     pallas: Literal["auto", "compiled", "interpreted"] = "auto"
     prefill_positions: int = 0
+    loss_tokens: int = 0
 
     def __post_init__(self):
         check_fields(self)
-        not_negative(self, "prefill_positions")
+        not_negative(self, "prefill_positions", "loss_tokens")
 
     def resolved(self, platform: str) -> "Formulations":
         """Return the formulations on a backend, with no "auto" left.
@@ -80,6 +82,7 @@ _PLAIN: dict[str, Any] = dict(
     sampler="plain",
     pallas="compiled",
     prefill_positions=1024,
+    loss_tokens=4096,
 )
 
 _GPU = _PLAIN | dict(self_attention="cudnn", prefill_positions=16_384)
@@ -101,5 +104,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         loss="fused",
         narrow_layers="unrolled",
         kernels="cast_first",
+        loss_tokens=16_384,
     ),
 }
