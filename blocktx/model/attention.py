@@ -9,6 +9,7 @@ from blocktx.model.cache import LayerCache
 from blocktx.model.layers import Heads, Norm, linear
 from blocktx.ops import (
     attend,
+    attend_by_products,
     attend_cudnn,
     attend_short,
     attend_splash,
@@ -91,6 +92,10 @@ class Attention(nn.Module):
             q_k_v = self.rotated(x_TxD, position_T)
             emulate = chosen.pallas == "interpreted"
             y_TxHxC = attend_cudnn(*q_k_v, mask_TxT[-1].sum(), emulate=emulate)
+        elif self.window and chosen.token_attention == "products":
+            # Saved, the products would be as many times larger than queries as there are keys.
+            among = jax.checkpoint(attend_by_products)
+            y_TxHxC = among(*self.rotated(x_TxD, position_T), mask_TxT)
         else:
             q_k_v = self.rotated(x_TxD, position_T)
             # Scores and weights are larger than their inputs: cheaper recomputed on TPU.

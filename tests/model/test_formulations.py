@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from blocktx.config.formulations import Formulations
+from blocktx.config.formulations import _PLAIN, Formulations
 from blocktx.config.model import BlockConfig, VanillaConfig
 from blocktx.config.run import LossConfig
 from blocktx.config.stack import StackConfig
@@ -26,9 +26,7 @@ MODELS = {
     ),
     "vanilla": VanillaConfig(**SHARED, decoder=LLAMA, compute_dtype="bfloat16"),
 }
-PLAIN = dataclasses.replace(
-    Formulations().resolved("unknown"), pallas="interpreted", prefill_positions=100_000
-)
+PLAIN = Formulations(**_PLAIN | dict(pallas="interpreted", prefill_positions=100_000))
 PLATFORMS = ("cpu", "gpu", "tpu")
 
 
@@ -36,7 +34,7 @@ def choices() -> list[tuple[str, str]]:
     """Every formulation that is not the plain one, by field."""
     found = []
     for field, hint in typing.get_type_hints(Formulations).items():
-        if field in ("pallas", "prefill_positions"):
+        if field in ("pallas", "prefill_positions", "loss_tokens"):
             continue
         plain = getattr(PLAIN, field)
         found += [(field, x) for x in typing.get_args(hint) if x not in ("auto", plain)]
