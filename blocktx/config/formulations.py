@@ -59,6 +59,11 @@ class Formulations:
         check_fields(self)
         not_negative(self, "prefill_positions", "loss_tokens")
 
+    @staticmethod
+    def plain() -> "Formulations":
+        """Return the formulations that any backend can run, the reference of all others."""
+        return Formulations(**_PLAIN)
+
     def resolved(self, platform: str) -> "Formulations":
         """Return the formulations on a backend, with no "auto" left.
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from blocktx.config.formulations import _PLAIN, Formulations
+from blocktx.config.formulations import Formulations
 from blocktx.config.model import BlockConfig, VanillaConfig
 from blocktx.config.run import LossConfig
 from blocktx.config.stack import StackConfig
@@ -26,7 +26,7 @@ MODELS = {
     ),
     "vanilla": VanillaConfig(**SHARED, decoder=LLAMA, compute_dtype="bfloat16"),
 }
-PLAIN = Formulations(**_PLAIN | dict(pallas="interpreted", prefill_positions=100_000))
+PLAIN = dataclasses.replace(Formulations.plain(), pallas="interpreted", prefill_positions=100_000)
 PLATFORMS = ("cpu", "gpu", "tpu")
 
 
