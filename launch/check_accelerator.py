@@ -48,9 +48,7 @@ _TINY_SIZES = Sizes(
 def main() -> None:
     config = command_line.read_config(_CONFIG.value)
     if config.model.kind != "block":
-        raise UserError(
-            f"--config: {_CONFIG.value} is a {config.model.kind} model; use a block one"
-        )
+        raise UserError(f"--config: {_CONFIG.value} is a vanilla model; use a block model")
     small = _TINY_SMALL if _TINY.value else _SMALL
     small = dataclasses.replace(small, compute_dtype=config.model.compute_dtype)
     sizes = _TINY_SIZES if _TINY.value else Sizes()

@@ -31,8 +31,8 @@ from blocktx.parallel import create_mesh
 _PACKAGES = ("jax", "jaxlib", "flax", "blocktx", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _LIBRARIES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cublas", "nvidia-nccl-cu13")
 _ONLY_ON = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
-_DECODING = ("cached_attention", "token_cached_attention", "cached_rotary", "sampler")
-_NO_CHOICE = ("pallas", "prefill_positions", "loss_tokens")
+_DECODING = ("cached_attention", "token_cached_attention", "cached_rotary")
+_NO_CHOICE = ("sampler", "pallas", "prefill_positions", "loss_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def choices() -> Iterator[tuple[str, str]]:
 
 
 def _formulations(config: BlockConfig) -> Iterator[dict[str, Any]]:
-    """Compare loss and gradient, or greedy log-probabilities, with the plain formulations.
+    """Compare loss and gradient, or logits of decoding steps, with the plain formulations.
 
     The reference is the plain one in float32 with exact products. A formulation may differ from it
     twice as much as the plain one in the dtype of `config` does.
@@ -185,17 +185,38 @@ def _gradient(config: BlockConfig, params: dict[str, Any]) -> list[np.ndarray]:
     return [np.asarray(x) for x in run(params)]
 
 
-def _greedy(config: BlockConfig, params: dict[str, Any]) -> list[np.ndarray]:
-    """Return the log-probabilities of the first greedy token of each row."""
+def _steps(config: BlockConfig, params: dict[str, Any]) -> list[np.ndarray]:
+    """Return the logits of a block by a prefill, a block step and token steps on given tokens."""
     model, separate = for_decoding(build(config), params)
-    length = config.block_length
-    prompts = _batch(config, 4)["tokens"][:, : config.blocks // 2].reshape(4, -1)
-    options = dict(max_new_tokens=length, temperature=0, return_logprobs=True)
-    _, logprobs = generate(model, separate, prompts, np.ones_like(prompts), **options)
-    return [logprobs[:, 0]]
+    tokens_BxNxK = _batch(config, 4)["tokens"]
+    rows, blocks, length = tokens_BxNxK.shape
+
+    @jax.jit
+    def run(params: dict[str, Any]) -> jax.Array:
+        def apply(method: str, *args: Any) -> Any:
+            return model.apply({"params": params}, *args, method=method)
+
+        def extend(begin: int, end: int, cache: Any, seen_BxS: jax.Array | None) -> Any:
+            part = tokens_BxNxK[:, begin:end]
+            start_B = jnp.full(rows, begin)
+            return apply("extend", part, np.ones_like(part), start_B, cache, begin, seen_BxS)
+
+        last = blocks - 2
+        _, cache = extend(0, last, model.create_cache(rows, blocks), None)
+        seen_BxS = jnp.broadcast_to(jnp.arange(blocks) < last, (rows, blocks))
+        context, _ = extend(last, last + 1, cache, seen_BxS)
+        logits, cache = apply("start_block", context[:, 0], model.create_token_cache(rows))
+        out = [logits]
+        for index in range(length - 1):
+            token_B = tokens_BxNxK[:, -1, index]
+            logits, cache = apply("step_token", token_B, jnp.int32(index), cache)
+            out.append(logits)
+        return jnp.stack(out)
+
+    return [np.asarray(run(separate))]
 
 
-_RUNS = {"training": _gradient, "decoding": _greedy}
+_RUNS = {"training": _gradient, "decoding": _steps}
 
 
 def _distances(got: list[np.ndarray], wanted: list[np.ndarray]) -> list[float]:

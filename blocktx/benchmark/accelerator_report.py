@@ -43,7 +43,7 @@ def _peaks(peaks: dict[str, Any]) -> list[str]:
 def _formulations(results: list[dict[str, Any]]) -> list[str]:
     lines = [
         "Relative distance from the plain formulation in exact float32, of loss and gradient or of "
-        "greedy log-probabilities; in brackets that of the plain one in the same dtype.",
+        "the logits of decoding steps; in brackets that of the plain one in the same dtype.",
         "",
         "| field | value | distance | |",
         "|---|---|---|---|",
