@@ -27,6 +27,7 @@ from blocktx.benchmark import (
 )
 from blocktx.checkpoint import load_params
 from blocktx.model import QUANTIZATIONS, Model, build, for_decoding, quantize
+from blocktx.parallel import prepare_gpu
 from blocktx.progress_bar import ProgressBar, until_interrupted
 from blocktx.train import read
 
@@ -157,6 +158,7 @@ def _rounds(candidates: list[Candidate], **shape: int) -> list[list[int]]:
 def main() -> None:
     prompt, new = _tokens()
     _batch_sizes()
+    prepare_gpu(training=False)
     candidates = _candidates(prompt + new)
     shape = dict(prompt_tokens=prompt, new_tokens=new)
     rounds = _rounds(candidates, **shape)

@@ -16,6 +16,7 @@ from blocktx import command_line
 from blocktx.benchmark import Sizes, check_accelerator, page, passed
 from blocktx.config import BlockConfig, StackConfig, UserError
 from blocktx.files import write_atomic
+from blocktx.parallel import prepare_gpu
 from blocktx.progress_bar import ProgressBar
 
 _CONFIG = flags.DEFINE_string(
@@ -49,6 +50,7 @@ def main() -> None:
     config = command_line.read_config(_CONFIG.value)
     if config.model.kind != "block":
         raise UserError(f"--config: {_CONFIG.value} is a vanilla model; use a block model")
+    prepare_gpu(training=False)
     small = _TINY_SMALL if _TINY.value else _SMALL
     small = dataclasses.replace(small, compute_dtype=config.model.compute_dtype)
     sizes = _TINY_SIZES if _TINY.value else Sizes()
