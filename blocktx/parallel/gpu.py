@@ -35,7 +35,7 @@ def prepare_gpu(*, training: bool) -> dict[str, str]:
         chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     chosen = {name: value for name, value in chosen.items() if not os.environ.get(name)}
     os.environ.update(chosen)
-    if training and jax.config.jax_optimization_level == "UNKNOWN":
+    if training and not os.environ.get("JAX_OPTIMIZATION_LEVEL"):
         jax.config.update("jax_optimization_level", "O1")
         chosen["JAX_OPTIMIZATION_LEVEL"] = "O1"
     return chosen

@@ -12,7 +12,7 @@ NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "CUDA_DEVI
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    for name in NAMES:
+    for name in (*NAMES, "JAX_OPTIMIZATION_LEVEL"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     level = jax.config.jax_optimization_level
@@ -58,8 +58,8 @@ def test_the_environment_is_kept(monkeypatch):
     with_gpus(monkeypatch, *["NVIDIA H200"] * 2)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    jax.config.update("jax_optimization_level", "O2")
+    monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "UNKNOWN")
     assert gpu.prepare_gpu(training=True) == {}
     assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
-    assert jax.config.jax_optimization_level == "O2"
+    assert jax.config.jax_optimization_level == "UNKNOWN"
