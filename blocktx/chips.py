@@ -40,6 +40,8 @@ CHIPS = {
         Chip("v6e", 918e12, 32 * _GIB, 1640e9, 400e9, 1.75e9),
         Chip("a100", 312e12, 80_000_000_000, 2039e9, 300e9, 0),
         Chip("h100", 989e12, 80_000_000_000, 3350e9, 450e9, 0),
+        Chip("h200", 989e12, 141_000_000_000, 4800e9, 450e9, 0),
+        Chip("b200", 2250e12, 180_000_000_000, 8000e9, 900e9, 0),
     )
 }
 
@@ -53,6 +55,8 @@ _KINDS = {  # of `jax.Device.device_kind`, by how they begin; those that begin a
     "TPU v6": "v6e",
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
 }
 
 

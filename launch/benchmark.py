@@ -5,6 +5,7 @@ python launch/benchmark.py --config=configs/paper.py:block_170m --against=vanill
 """
 
 import os
+from typing import Any
 
 import jax
 from absl import flags
@@ -25,7 +26,8 @@ from blocktx.benchmark import (
     write_json,
 )
 from blocktx.checkpoint import load_params
-from blocktx.model import build, for_decoding
+from blocktx.model import QUANTIZATIONS, Model, build, for_decoding, quantize
+from blocktx.parallel import prepare_gpu
 from blocktx.progress_bar import ProgressBar, until_interrupted
 from blocktx.train import read
 
@@ -58,6 +60,9 @@ _MEMORY_LIMIT = flags.DEFINE_float(
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Of parameters, cache and computation; None: as in it."
+)
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, QUANTIZATIONS, "Keep the kernels as integers, in place of --dtype."
 )
 _JSON = flags.DEFINE_string("json", None, "A file to write the results to.")
 _PLOT = flags.DEFINE_string(
@@ -115,7 +120,7 @@ def _candidates(tokens: int) -> list[Candidate]:
     return [
         Candidate(
             name,
-            *random_model(with_room(config, tokens, _DTYPE.value)),
+            *_quantized(*random_model(with_room(config, tokens, _DTYPE.value))),
         )
         for name, config in specs.items()
     ]
@@ -129,7 +134,11 @@ def _saved(path: str, tokens: int) -> Candidate:
     lines = read(run) if (run / "metrics.jsonl").exists() else []
     losses = [line["heldout/loss"] for line in lines if line.get("heldout/loss") is not None]
     separate = for_decoding(build(model), loaded.params)
-    return Candidate(run.name, *separate, losses[-1] if losses else None)
+    return Candidate(run.name, *_quantized(*separate), losses[-1] if losses else None)
+
+
+def _quantized(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
+    return model, quantize(model.config, params, _QUANTIZE.value)
 
 
 def _rounds(candidates: list[Candidate], **shape: int) -> list[list[int]]:
@@ -149,6 +158,7 @@ def _rounds(candidates: list[Candidate], **shape: int) -> list[list[int]]:
 def main() -> None:
     prompt, new = _tokens()
     _batch_sizes()
+    prepare_gpu(training=False)
     candidates = _candidates(prompt + new)
     shape = dict(prompt_tokens=prompt, new_tokens=new)
     rounds = _rounds(candidates, **shape)

@@ -25,6 +25,7 @@ from blocktx.compile import (
 )
 from blocktx.config import RunConfig
 from blocktx.files import write_atomic
+from blocktx.model import QUANTIZATIONS
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A Python file whose get_config() describes the run (see configs/)."
@@ -48,7 +49,10 @@ _AGAINST = flags.DEFINE_enum(
     "against",
     None,
     ["vanilla"],
-    "When decoding, also compile for a vanilla model of as many non-embedding parameters.",
+    "Also compile for a vanilla model of as many non-embedding parameters.",
+)
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, QUANTIZATIONS, "When decoding: keep the kernels as integers."
 )
 _JSON = flags.DEFINE_string("json", None, "A file to write all figures to.")
 _TARGET_CONFIG = flags.DEFINE_string(
@@ -68,12 +72,13 @@ def _compile(config: RunConfig, topology: Topology) -> Report:
         _PROGRAM.value,
         batch_size=_BATCH_SIZE.value or 64 * len(topology.devices),
         context=_CONTEXT.value or config.model.context_length,
+        quantized=_QUANTIZE.value,
     )
 
 
 def main() -> None:
     if _PROGRAM.value == "train":
-        for flag in (_AGAINST, _CONTEXT):
+        for flag in (_CONTEXT, _QUANTIZE):
             if flag.value is not None:
                 raise ValueError(f"--{flag.name}: is for --program=decode or prefill")
         if _BATCH_SIZE.value is not None:

@@ -45,7 +45,7 @@ from blocktx.evaluate import (
     summary,
 )
 from blocktx.files import write_atomic
-from blocktx.model import build
+from blocktx.model import QUANTIZATIONS, build, quantize
 from blocktx.parallel import create_mesh
 from blocktx.progress_bar import ProgressBar, until_interrupted
 
@@ -60,6 +60,12 @@ _AGAINST = flags.DEFINE_string(
 )
 _TEXT_FIELD = flags.DEFINE_string(
     "text_field", DataConfig.text_field, "The field of a JSON line that holds the text."
+)
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize",
+    None,
+    QUANTIZATIONS,
+    "Keep the kernels of --checkpoint as integers.",
 )
 _STRIDE = flags.DEFINE_integer(
     "stride",
@@ -113,7 +119,7 @@ def _evaluate() -> bool:
     with jax.set_mesh(mesh), ProgressBar(total=documents.token_count, unit=" tokens") as bar:
         running = running_text_sums(
             build(config),
-            loaded.params,
+            quantize(config, loaded.params, _QUANTIZE.value),
             documents,
             tokenizer.pad_id,
             mesh,
@@ -141,6 +147,7 @@ def _evaluate() -> bool:
             "step": loaded.step,
             "data": _DATA.value,
             "stride": _STRIDE.value,
+            "quantize": _QUANTIZE.value,
             "finished": finished,
         }
         write_atomic(_JSON.value, json.dumps(found, indent=2) + "\n")
@@ -150,7 +157,10 @@ def _evaluate() -> bool:
 def _compare() -> bool:
     """Compare the checkpoint with --against; return False if Ctrl-C ended it early."""
     paths = (_CHECKPOINT.value, _AGAINST.value)
-    engines = tuple(blocktx.load(path) for path in paths)
+    engines = (
+        blocktx.load(paths[0], quantize=_QUANTIZE.value),
+        blocktx.load(paths[1]),
+    )
     if len({engine.tokenizer.fingerprint for engine in engines}) > 1:
         raise ValueError(
             f"--against: {_AGAINST.value} has another tokenizer than {_CHECKPOINT.value}; tokens "

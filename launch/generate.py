@@ -12,6 +12,7 @@ import blocktx
 from blocktx import command_line
 from blocktx.benchmark import decode_throughput, equal_vanilla, random_model
 from blocktx.cost import count_params
+from blocktx.model import QUANTIZATIONS
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."
@@ -19,6 +20,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", [""], "Text to continue; may be repeated. Empty: begin a new document."
 )
+_QUANTIZE = flags.DEFINE_enum("quantize", None, QUANTIZATIONS, "Keep the kernels as integers.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate, at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 always takes the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens; 0 from all.")
@@ -67,7 +69,7 @@ def _compare(engine: blocktx.Engine, prompt_tokens: int, new_tokens: int) -> Non
 
 
 def main() -> None:
-    engine = blocktx.load(_CHECKPOINT.value)
+    engine = blocktx.load(_CHECKPOINT.value, quantize=_QUANTIZE.value)
     if _AGAINST.value and engine.config.model.kind != "block":
         raise ValueError("--against: the checkpoint is of a vanilla model itself")
     prompts = _PROMPT.value

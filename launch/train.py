@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from blocktx import command_line
 from blocktx.config import UserError
-from blocktx.parallel import HEARTBEAT_TIMEOUT, MODES, initialize
+from blocktx.parallel import HEARTBEAT_TIMEOUT, MODES, initialize, prepare_gpu
 from blocktx.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -80,6 +80,7 @@ def main() -> None:
         command_line.fail("--step: is for --resume only")
     config = command_line.run_config(_CONFIG.value)
     command_line.enable_compilation_cache(_COMPILATION_CACHE.value)
+    prepare_gpu(training=True)
     try:
         initialize(
             _DISTRIBUTED.value,

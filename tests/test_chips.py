@@ -15,6 +15,8 @@ from blocktx.chips import CHIPS, find_chip
         ("TPU v5p", "v5p"),
         ("TPU v6 lite", "v6e"),
         ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
     ],
 )

@@ -28,7 +28,7 @@ IMPORTS: dict[str, str] = {
     "evaluate": "config plotting progress_bar files parallel data model decode",
     "train": "config plotting progress_bar files chips cost parallel data ops model checkpoint "
     "decode evaluate",
-    "benchmark": "config plotting progress_bar files cost model decode",
+    "benchmark": "config plotting progress_bar files chips cost parallel model decode train",
     "compile": "chips config cost parallel model decode train",
     "convert": "config model",
     "serve": "config model decode evaluate",

@@ -25,8 +25,9 @@ def table(results: Sequence[Result], peaks: MeasuredPeaks) -> str:
     """Return a line for each model and batch size, and ratios to the first model."""
     width = max(len(result.model) for result in results)
     lines = [
-        f"{peaks.device}: {peaks.flops_per_second / 1e9:.0f} GFLOP/s in a product of 2048^3, "
-        f"{peaks.bytes_per_second / 1e9:.1f} GB/s in a sum of 256 MB",
+        f"{peaks.device}: {peaks.flops_per_second / 1e9:.0f} GFLOP/s in a product of "
+        f"{peaks.matrix}^3, {peaks.bytes_per_second / 1e9:.1f} GB/s in a sum of "
+        f"{peaks.read_bytes >> 20} MB",
         f"prompt of {results[0].prompt_tokens} tokens, {results[0].new_tokens} new ones",
         f"{'model':{width}}  batch  prefill s  first token s  tokens/s  MB/sample  of roofline",
     ]

@@ -3,12 +3,14 @@
 No device of that kind is needed.
 
     aot.py              ahead-of-time compilation of training and decoding
+    abstract.py         arguments of the decoding programs
     topology.py         descriptions of absent devices
     advice.py           flags that make a program fit
     hlo.py              optimized HLO, parsed
     hlo_operations.py   its operations
     hlo_collectives.py  its collectives
     hlo_cost.py         its FLOPs, bytes and estimated cycles
+    hlo_kernels.py      its kernels by kind
     report.py           tables and JSON
 """
 

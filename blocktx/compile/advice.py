@@ -2,7 +2,7 @@
 
 from jax.sharding import Mesh
 
-from blocktx.config import ModelConfig, RunConfig
+from blocktx.config import RunConfig
 from blocktx.parallel import batch_parts
 
 
@@ -28,11 +28,10 @@ def training_advice(kinds: dict[str, float], limit: float, config: RunConfig, me
     return ", or ".join(knobs)
 
 
-def decoding_advice(model: ModelConfig, batch_size: int, parts: int, context: int) -> str:
+def decoding_advice(batch_size: int, parts: int, context: int) -> str:
     """Return the flags that reduce the memory of decoding."""
     knobs = []
     if batch_size > parts:
         knobs.append(f"--batch_size={max(parts, batch_size // 2 // parts * parts)}")
-    if model.param_dtype == "float32":
-        knobs.append("--config.model.param_dtype=bfloat16")
-    return ", or ".join([*knobs, f"--context below {context}", "--config.mesh.tensor=2"])
+    knobs += [f"--context below {context}", "--quantize=int8", "--config.mesh.tensor=2"]
+    return ", or ".join(knobs)

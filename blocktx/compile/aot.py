@@ -14,17 +14,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from blocktx import cost
+from blocktx.compile.abstract import bytes_on_a_chip, placed, prompts, quantized_params
 from blocktx.compile.advice import decoding_advice, training_advice
 from blocktx.compile.hlo import Program
 from blocktx.compile.hlo_collectives import collectives
 from blocktx.compile.hlo_cost import cycles, flops, hbm_bytes
+from blocktx.compile.hlo_kernels import kernels
 from blocktx.compile.hlo_operations import Computation
 from blocktx.compile.report import GIB, Report
 from blocktx.compile.topology import Topology
 from blocktx.config import MeshConfig, ModelConfig, RunConfig
-from blocktx.decode import Prompts, Sampling, decode_blocks, prefill
+from blocktx.decode import Sampling, decode_blocks, prefill
 from blocktx.model import abstract_params, build
-from blocktx.parallel import batch_parts, batch_sharding, check_model_fits, create_mesh, replicated
+from blocktx.parallel import batch_parts, batch_sharding, check_model_fits, create_mesh
 from blocktx.train import (
     abstract_batch,
     abstract_cache,
@@ -93,18 +95,22 @@ def compile_decoding(
     *,
     batch_size: int,
     context: int,
+    quantized: Literal["int8"] | None = None,
 ) -> Report:
     """Decoding with the model of `config`, in a cache for `context` tokens: the prompt or a block.
 
     Rows are spread over all chips but those of `config.mesh.tensor`, and each of these groups has
     the whole model: `config.mesh.fsdp`, which would gather it for every token, counts as `data`.
+    Parameters have the compute dtype, as an `Engine` holds them, or are `quantized`. The roofline
+    and the counted bytes are those of parameters in the compute dtype.
 
     Raises:
       DoesNotFit: the compiler says so, or the bytes do.
       ValueError: mesh, batch, context or model do not fit.
     """
     config = _on(topology, config)
-    model = dataclasses.replace(config.model, scan_layers=False, remat="none")
+    dtype = config.model.compute_dtype
+    model = dataclasses.replace(config.model, scan_layers=False, remat="none", param_dtype=dtype)
     mesh = create_mesh(MeshConfig(data=-1, fsdp=1, tensor=config.mesh.tensor), topology.devices)
     check_model_fits(model, mesh)
     parts = batch_parts(mesh)
@@ -117,15 +123,16 @@ def compile_decoding(
             f"config.model.context_length {model.context_length}"
         )
     slots = context // model.block_length
-    net, by_row = build(model), functools.partial(_placed, sharding=batch_sharding(mesh))
-    params, prompts = abstract_params(model, mesh), _prompts(model, batch_size, slots)
+    net, by_row = build(model), functools.partial(placed, sharding=batch_sharding(mesh))
+    params = quantized_params(model, abstract_params(model, mesh), quantized)
+    read = prompts(model, batch_size, slots)
     if program == "prefill":
-        arguments = {"parameters": params, "prompts": by_row(prompts)}
+        arguments = {"parameters": params, "prompts": by_row(read)}
         with jax.set_mesh(mesh):
             lowered = prefill.lower(net, *arguments.values())
         work = cost.extend(model, batch_size // parts, slots, slots)
     else:
-        state = by_row(jax.eval_shape(functools.partial(prefill, net), params, prompts))
+        state = by_row(jax.eval_shape(functools.partial(prefill, net), params, read))
         sampling, number = by_row((Sampling.create(rows=batch_size), jnp.int32(0)))
         arguments = {
             "parameters": params,
@@ -143,11 +150,12 @@ def compile_decoding(
         arguments=arguments,
         batch_size=batch_size,
         tokens=batch_size * (context if program == "prefill" else model.block_length),
-        advice=lambda kinds, limit: decoding_advice(model, batch_size, parts, context),
+        advice=lambda kinds, limit: decoding_advice(batch_size, parts, context),
     )
     tensor = mesh.shape["tensor"]
     least = topology.chip.seconds(flops=work.flops / tensor, hbm=work.bytes / tensor)
-    return compilation.report(lowered, work.flops / tensor, roofline=max(least.values()))
+    roofline, moved = max(least.values()), work.bytes / tensor
+    return compilation.report(lowered, work.flops / tensor, roofline, moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +171,13 @@ class _Compilation:
     tokens: int
     advice: Callable[[dict[str, float], float], str]  # for these kinds of memory, and a limit
 
-    def report(self, lowered: jax.stages.Lowered, products: float, roofline: float) -> Report:
+    def report(
+        self,
+        lowered: jax.stages.Lowered,
+        products: float,
+        roofline: float,
+        counted_bytes: float | None = None,
+    ) -> Report:
         chip, begin = self.topology.chip, time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             options = _OPTIONS[self.topology.platform] | {
@@ -193,6 +207,8 @@ class _Compilation:
             products=products,
             flops=flops(program, within),
             bytes_accessed=accessed,
+            counted_bytes=counted_bytes,
+            kernels=kernels(program, within),
             collectives=found,
             seconds=chip.seconds(flops=products, hbm=accessed, sent=sum(c.sent for c in found)),
             roofline=roofline,
@@ -205,7 +221,7 @@ class _Compilation:
 
     def _memory(self, compiled: jax.stages.Compiled) -> dict[str, int]:
         analysis = compiled.memory_analysis()
-        kinds = {name: _bytes_on_a_chip(tree) for name, tree in self.arguments.items()}
+        kinds = {name: bytes_on_a_chip(tree) for name, tree in self.arguments.items()}
         return {
             **kinds,
             "padding": max(0, analysis.argument_size_in_bytes - sum(kinds.values())),
@@ -223,7 +239,7 @@ class _Compilation:
         if found is None:
             return None
         need, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
-        kinds = {name: _bytes_on_a_chip(tree) for name, tree in self.arguments.items()}
+        kinds = {name: bytes_on_a_chip(tree) for name, tree in self.arguments.items()}
         return self._does_not_fit(need, limit, kinds | {"the rest": need - sum(kinds.values())})
 
     def _does_not_fit(self, need: float, limit: float, kinds: dict[str, float]) -> DoesNotFit:
@@ -240,23 +256,6 @@ def _on(topology: Topology, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def _prompts(config: ModelConfig, rows: int, slots: int) -> Prompts:
-    """Prompts that fill their cache."""
-    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((rows, slots, config.block_length), jnp.int32)
-    return Prompts(tokens, numbers, numbers, numbers, numbers, cache_blocks=slots)
-
-
-def _placed(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
-    """`tree` as ShapeDtypeStructs that lie so; what has no rows, as a count, on every device."""
-
-    def place(x: Any) -> jax.ShapeDtypeStruct:
-        where = sharding if x.ndim else replicated(sharding.mesh)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    return jax.tree.map(place, tree)
-
-
 def _part(program: Program, name: str) -> Computation | None:
     """Return the body of the loop of a program that decodes, else None."""
     return program.open_loops()[0][1] if name == "decode" else None
@@ -268,11 +267,3 @@ def _text(compiled: jax.stages.Compiled, dumped: pathlib.Path) -> str:
     except jax.errors.JaxRuntimeError:  # jaxlib cannot read all that libtpu writes (v5p does so)
         (file,) = dumped.glob("*.after_optimizations.txt")
         return file.read_text()
-
-
-def _bytes_on_a_chip(tree: Any) -> int:
-    def size(x: jax.ShapeDtypeStruct) -> int:
-        part = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-        return part.size * part.dtype.itemsize
-
-    return sum(map(size, jax.tree.leaves(tree)))

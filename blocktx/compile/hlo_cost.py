@@ -25,20 +25,21 @@ _FREE = {
 
 # Of queries by keys, with its heads' size inside or outside; the second makes all gradients.
 _SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+_WORKSPACE = ("s8", "u8")  # of a library, most of which it leaves alone
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 
 
 def flops(program: Program, within: Computation | None = None) -> int:
     """FLOPs of all matrix products."""
     return sum(
-        done.times * _flops(program, done.computation, done.operation)
+        done.times * product_flops(program, done.computation, done.operation)
         for done in program.executed(within)
     )
 
 
 def hbm_bytes(program: Program, within: Computation | None = None) -> int:
     """Return the bytes read from and written to HBM, without caches."""
-    return sum(done.times * _traffic(program, done) for done in program.executed(within))
+    return sum(done.times * bytes_moved(program, done) for done in program.executed(within))
 
 
 def cycles(program: Program, chip: Chip, within: Computation | None = None) -> int | None:
@@ -51,24 +52,34 @@ def cycles(program: Program, chip: Chip, within: Computation | None = None) -> i
     for done in program.executed(within):
         estimate = done.operation.number("estimated_cycles")
         found |= estimate is not None
-        if estimate is None and _is_kernel(done.operation):
+        if estimate is None and is_kernel(done.operation):
             work = chip.seconds(
-                flops=_flops(program, done.computation, done.operation),
-                hbm=_traffic(program, done),
+                flops=product_flops(program, done.computation, done.operation),
+                hbm=bytes_moved(program, done),
             )
             estimate = max(work.values()) * chip.clock
         total += done.times * (estimate or 0)
     return round(total) if found else None
 
 
-def _is_kernel(operation: Operation) -> bool:
-    return operation.attribute("custom_call_target") == "tpu_custom_call"
+def is_kernel(operation: Operation) -> bool:
+    """Return whether an operation is a kernel of Pallas."""
+    target = operation.attribute("custom_call_target") or ""
+    return target == "tpu_custom_call" or "triton" in target or "mosaic" in target
 
 
-def _flops(program: Program, computation: Computation, operation: Operation) -> int:
+def is_attention(operation: Operation) -> bool:
+    """Return whether an operation is flash attention: cuDNN's, or JAX's splash attention."""
+    target = operation.attribute("custom_call_target") or ""
+    splash = operation.name.startswith("splash_") and is_kernel(operation)
+    return splash or target.startswith("__cudnn$fmha")
+
+
+def product_flops(program: Program, computation: Computation, operation: Operation) -> int:
+    """Return the FLOPs of the matrix products in an operation."""
     if operation.opcode == "fusion":
         called = program.computations[operation.called]
-        return sum(_flops(program, called, op) for op in called.operations.values())
+        return sum(product_flops(program, called, op) for op in called.operations.values())
     if operation.opcode == "dot":
         left = computation.operations[operation.operands[0]].shapes[0]
         contracted = operation.attribute("lhs_contracting_dims")
@@ -83,9 +94,26 @@ def _flops(program: Program, computation: Computation, operation: Operation) -> 
             dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', operation.attributes)
             inner = math.prod(left.dims[int(i)] for i in re.findall(r"\d+", dims[1]))
             return 2 * operation.shapes[0].size * inner
-        if _is_kernel(operation):
+        if target.startswith("__cudnn$fmha"):
+            return _cudnn_flops(computation, operation)
+        if is_kernel(operation):
             return operation.number("flops") or _splash_flops(computation, operation)
     return 0
+
+
+def _cudnn_flops(computation: Computation, operation: Operation) -> int:
+    """Return the FLOPs of cuDNN's attention; masked products count too.
+
+    Forward there are two products, of scores and of weighted values; backward five, as the scores
+    are made again.
+    """
+    scores = re.search(
+        r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', operation.attributes
+    )
+    size = math.prod(int(dim) for dim in re.findall(r"\d+", scores[1]))
+    channels = computation.operations[operation.operands[0]].shapes[0].dims[-1]
+    backward = operation.attribute("custom_call_target").endswith("Backward")
+    return 2 * (5 if backward else 2) * size * channels
 
 
 def _splash_flops(computation: Computation, operation: Operation) -> int:
@@ -134,11 +162,12 @@ def _meetings(
     return int((inside & (position % base_dilation == 0)).sum())
 
 
-def _traffic(program: Program, done: Executed) -> int:
+def bytes_moved(program: Program, done: Executed) -> int:
+    """Return the bytes that an operation reads from and writes to HBM, without caches."""
     operation, computation = done.operation, done.computation
     if operation.opcode in _FREE or operation.attribute("custom_call_target") in _FREE_CALLS:
         return 0
-    if _is_kernel(operation) and operation.number("bytes_accessed"):
+    if is_kernel(operation) and operation.number("bytes_accessed"):
         return operation.number("bytes_accessed")
     operands = computation.operand_shapes(operation)
     if operation.opcode == "fusion":
@@ -158,7 +187,10 @@ def _traffic(program: Program, done: Executed) -> int:
         )
     if operation.opcode == "dynamic-update-slice":
         return operands[1][0].bytes * (_off_chip(operands[0]) > 0) + _off_chip(operands[1])
-    return sum(map(_off_chip, operands)) + _off_chip(operation.shapes)
+    outputs = operation.shapes
+    if (operation.attribute("custom_call_target") or "").startswith(("__cublas", "__cudnn")):
+        outputs = [shape for shape in outputs if shape.dtype not in _WORKSPACE]
+    return sum(map(_off_chip, operands)) + _off_chip(outputs)
 
 
 def _off_chip(shapes: Iterable[Shape]) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from blocktx.compile.hlo_collectives import Collective
+from blocktx.compile.hlo_kernels import Kernels
 
 GIB = 2**30
 _SHOWN = 12  # collectives in the table; the JSON has all
@@ -26,6 +27,9 @@ class Report:
       products: FLOPs of the model's matrix products (`blocktx.cost`).
       flops: those of the matrix products in the program, some of which may be made twice.
       bytes_accessed: in memory outside the chip, if no cache helps.
+      counted_bytes: that decoding must move: weights and cache once (`blocktx.cost`). None for
+        training.
+      kernels: their number and bytes, by kind.
       collectives: communication between chips.
       seconds: the least time of `products`, `bytes_accessed` and the collectives' bytes.
       roofline: seconds that no program for this model can go below: of `products` when training,
@@ -47,6 +51,8 @@ class Report:
     products: float
     flops: int
     bytes_accessed: int
+    counted_bytes: float | None
+    kernels: list[Kernels]
     collectives: list[Collective]
     seconds: dict[str, float]
     roofline: float
@@ -99,7 +105,7 @@ def _lines(report: Report) -> list[str]:
         f"  matrix products  {report.products / 1e12:>10.3f} TFLOP, compiled "
         f"{report.flops / 1e12:.3f}   {_time(seconds['matrix unit'])}",
         f"  memory accesses  {report.bytes_accessed / 1e9:>10.3f} GB"
-        f"                       {_time(seconds['HBM'])}",
+        f"{_counted(report):<23}{_time(seconds['HBM'])}",
         f"  to other chips   {sum(c.sent for c in report.collectives) / 1e9:>10.3f} GB"
         f"                       {_time(seconds['interconnect'])}",
         f"  the {report.binds} binds: {_time(seconds[report.binds])}, "
@@ -107,6 +113,12 @@ def _lines(report: Report) -> list[str]:
     ]
     if report.ratio is not None:
         lines += ["", _figure(report)]
+    lines += ["", "kernels             count        GB  share of the memory accesses"]
+    for found in report.kernels:
+        share = found.bytes / report.bytes_accessed
+        lines.append(
+            f"  {found.kind:<16} {found.count:>7} {found.bytes / 1e9:>9.3f}  {share:>5.1%}"
+        )
     if report.collectives:
         lines += ["", "collectives    count        MB  carry"]
     for found in report.collectives[:_SHOWN]:
@@ -119,6 +131,12 @@ def _lines(report: Report) -> list[str]:
         size = sum(found.bytes for found in hidden)
         lines.append(f"  {'others':<18} {sum(f.count for f in hidden):>6} {size / 1e6:>9.1f}")
     return lines
+
+
+def _counted(report: Report) -> str:
+    if report.counted_bytes is None:
+        return ""
+    return f", {report.bytes_accessed / report.counted_bytes:.2f} times counted"
 
 
 def _of_what(report: Report) -> str:
@@ -139,10 +157,13 @@ def _comparison(other: Report, reports: Sequence[Report]) -> str:
     first = reports[0]
     text = f"\n{other.model} ({other.parameters:,} parameters): {_of_what(other)}"
     if other.ratio is None:
-        return text
-    per_token = [report.cycle_seconds / report.tokens for report in (other, first)]
+        figure = f"{_time(other.seconds[other.binds])}, by the {other.binds}{_counted(other)}"
+        per_token = [r.seconds[r.binds] / r.tokens for r in (other, first)]
+    else:
+        figure = _figure(other)
+        per_token = [r.cycle_seconds / r.tokens for r in (other, first)]
     return (
-        f"{text} {_figure(other)}\nby these estimates the {first.model} model makes "
+        f"{text} {figure}\nby these estimates the {first.model} model makes "
         f"{per_token[0] / per_token[1]:.1f} times as many tokens/s"
     )
 

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 
 from blocktx.chips import CHIPS, Chip
 
+_GPUS = ("a100", "h100", "h200", "b200")  # of one host
 _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 
@@ -26,8 +27,7 @@ _SHAPES = {  # those that cloud.google.com/tpu/docs lists, and a single chip of 
     "v5e": _PLANES,
     "v5p": (*_CUBES, "16x16x24"),
     "v6e": _PLANES,
-    "a100": ("1", "2", "4", "8"),
-    "h100": ("1", "2", "4", "8"),
+    **dict.fromkeys(_GPUS, ("1", "2", "4", "8")),
 }
 
 
@@ -81,7 +81,7 @@ def find_topology(name: str, target_config: str | os.PathLike[str] | None = None
         known = ", ".join(f"{kind}:{shape}" for shape in _SHAPES[kind])
         raise ValueError(f"topology: got {name!r}; use one of {known}")
     jax.config.update("jax_platforms", "cpu")
-    if kind in ("h100", "a100"):
+    if kind in _GPUS:
         devices = _gpus(shape, pathlib.Path(target_config or _TARGETS / f"{kind}.txtpb"))
         return Topology(name, CHIPS[kind], "gpu", devices)
     if target_config is not None:

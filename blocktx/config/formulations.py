@@ -18,11 +18,13 @@ class Formulations:
       self_attention: over a whole sequence. plain: all scores at once. splash: a Pallas kernel for
         TPU that stores no scores; for 128 positions and more. cudnn: NVIDIA's flash attention, for
         bfloat16, whole sequences and heads of 8 to 128 channels; real positions must be contiguous.
-      token_attention: over the positions of one block. pallas: a kernel for TPU.
+      token_attention: over the positions of one block. pallas: a kernel for TPU. products: without
+        matrix products, by channel, then summed.
       cached_attention: over a cache of many slots. by_head: one product a head. head_by_head: the
         heads in a loop, so that no copy of the cache is larger than one head. block_diagonal: all
-        heads in two products, for few queries.
-      token_cached_attention: over the few slots of a block. elementwise: products by channel.
+        heads in two products, for few queries. products: as of token_attention, for few queries.
+      token_cached_attention: over the few slots of a block. elementwise: products by channel, which
+        a matrix product sums. products: as of token_attention.
       cached_rotary: rotary positions while decoding. product: by a matrix of 0, 1 and -1.
       scores: of plain self-attention. recomputed: for its gradient, instead of saved.
       norm: lean: the gradient saves only the input.
@@ -33,12 +35,15 @@ class Formulations:
       sampler: chunked: argmax and categorical draws by sums of chunks.
       pallas: interpreted: kernels run without their hardware, slowly, and cudnn as XLA.
       prefill_positions: positions of prompts that a device reads at once.
+      loss_tokens: tokens of a device whose logits the fused loss forms at once.
     """
 
     self_attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"
-    token_attention: Literal["auto", "plain", "pallas"] = "auto"
-    cached_attention: Literal["auto", "by_head", "head_by_head", "block_diagonal"] = "auto"
-    token_cached_attention: Literal["auto", "by_head", "elementwise"] = "auto"
+    token_attention: Literal["auto", "plain", "pallas", "products"] = "auto"
+    cached_attention: Literal["auto", "by_head", "head_by_head", "block_diagonal", "products"] = (
+        "auto"
+    )
+    token_cached_attention: Literal["auto", "by_head", "elementwise", "products"] = "auto"
     cached_rotary: Literal["auto", "by_head", "product"] = "auto"
     scores: Literal["auto", "saved", "recomputed"] = "auto"
     norm: Literal["auto", "plain", "lean"] = "auto"
@@ -48,18 +53,24 @@ class Formulations:
     sampler: Literal["auto", "plain", "chunked"] = "auto"
     pallas: Literal["auto", "compiled", "interpreted"] = "auto"
     prefill_positions: int = 0
+    loss_tokens: int = 0
 
     def __post_init__(self):
         check_fields(self)
-        not_negative(self, "prefill_positions")
+        not_negative(self, "prefill_positions", "loss_tokens")
+
+    @staticmethod
+    def plain() -> "Formulations":
+        """Return the formulations that any backend can run, the reference of all others."""
+        return Formulations(**_PLAIN)
 
     def resolved(self, platform: str) -> "Formulations":
         """Return the formulations on a backend, with no "auto" left.
 
         Args:
-          platform: of `jax.default_backend()`. An unknown one is treated as a GPU.
+          platform: of `jax.default_backend()`. An unknown one gets the plain ones.
         """
-        defaults = _DEFAULTS.get(platform, _GPU)
+        defaults = _DEFAULTS.get(platform, _PLAIN)
         chosen = {name: value for name, value in vars(self).items() if value not in ("auto", 0)}
         return Formulations(**{**defaults, **chosen})
 
@@ -80,9 +91,19 @@ _PLAIN: dict[str, Any] = dict(
     sampler="plain",
     pallas="compiled",
     prefill_positions=1024,
+    loss_tokens=4096,
 )
 
-_GPU = _PLAIN | dict(self_attention="cudnn", prefill_positions=16_384)
+_GPU = _PLAIN | dict(
+    self_attention="cudnn",
+    token_attention="products",
+    cached_attention="products",
+    token_cached_attention="products",
+    norm="lean",
+    loss="fused",
+    narrow_layers="unrolled",
+    prefill_positions=16_384,
+)
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # The prefill keeps within a CPU's cache.
@@ -101,5 +122,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         loss="fused",
         narrow_layers="unrolled",
         kernels="cast_first",
+        loss_tokens=16_384,
     ),
 }

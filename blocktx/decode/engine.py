@@ -17,7 +17,7 @@ from blocktx.decode.prompts import Placement, budgets
 from blocktx.decode.sampling import SamplingConfig, SamplingOptions, per_row
 from blocktx.decode.stream import Continuation
 from blocktx.decode.texts import Settings, decode_batch, decode_continuously
-from blocktx.model import build, for_decoding
+from blocktx.model import build, for_decoding, quantize
 from blocktx.parallel import MESH_AXES
 
 _STOP_STRING_BLOCKS = 8  # blocks between two searches for stop strings
@@ -72,6 +72,7 @@ class Engine:
         params: dict[str, Any],
         tokenizer: Tokenizer,
         mesh: Mesh | None = None,
+        quantized: Literal["int8"] | None = None,
     ):
         """Prepare parameters for decoding.
 
@@ -81,9 +82,11 @@ class Engine:
           tokenizer: of the run.
           mesh: a mesh made by `blocktx.parallel.create_mesh`. Parameters sharded over `fsdp` are
             gathered for every token: use a mesh with fsdp=1, as `blocktx.load` does.
+          quantized: "int8": quantize the kernels, see `blocktx.load`.
         """
         self.tokenizer, self.mesh = tokenizer, mesh
-        self.model, self.params = for_decoding(build(config.model), params)
+        self.model, params = for_decoding(build(config.model), params)
+        self.params = quantize(self.model.config, params, quantized)
         self.config = dataclasses.replace(config, model=self.model.config)
 
     @property
@@ -219,7 +222,12 @@ class Engine:
         return results[0] if single else results
 
 
-def load(path: epath.PathLike, sharding: Mesh | Sharding | None = None) -> Engine:
+def load(
+    path: epath.PathLike,
+    sharding: Mesh | Sharding | None = None,
+    *,
+    quantize: Literal["int8"] | None = None,
+) -> Engine:
     """Load the latest checkpoint of a run folder, or the one at `path`, with the run's tokenizer.
 
     Args:
@@ -227,6 +235,9 @@ def load(path: epath.PathLike, sharding: Mesh | Sharding | None = None) -> Engin
       sharding: a mesh to generate on, or the sharding of all parameters. On a mesh, the devices of
         its `fsdp` axis count as `data`: each group of `tensor` devices holds all parameters, which
         would otherwise be gathered for every token.
+      quantize: "int8": keep kernels as 8-bit integers with a scale for each output channel, which
+        takes half the memory of bfloat16. The loss changes little; measure it with
+        `launch/evaluate.py --quantize=int8`.
 
     Raises:
       FileNotFoundError: there is no checkpoint at `path`, or no tokenizer beside it.
@@ -237,4 +248,4 @@ def load(path: epath.PathLike, sharding: Mesh | Sharding | None = None) -> Engin
         devices = sharding.devices.reshape(-1, 1, sharding.shape["tensor"])
         sharding = mesh = Mesh(devices, MESH_AXES, axis_types=sharding.axis_types)
     loaded = load_params(path, sharding)
-    return Engine(loaded.config, loaded.params, load_tokenizer(loaded), mesh)
+    return Engine(loaded.config, loaded.params, load_tokenizer(loaded), mesh, quantize)

@@ -13,6 +13,7 @@ block_transformer.py  the three parts as one model; legend of shapes
 vanilla.py            the vanilla transformer baseline
 build.py              models and parameters from a configuration
 params.py             stacked and unstacked parameters
+quantize.py           int8 kernels for decoding
 loss.py               masked next-token loss by position in the block
 """
 
@@ -29,13 +30,16 @@ from blocktx.model.loss import (
     token_losses,
 )
 from blocktx.model.params import classifier_kernel, for_decoding, stack_layers, unstack_layers
+from blocktx.model.quantize import QUANTIZATIONS, Int8Kernel, quantize
 from blocktx.model.vanilla import Vanilla
 
 __all__ = [
     "CACHE_AXES",
+    "QUANTIZATIONS",
     "Attention",
     "BlockTransformer",
     "Cache",
+    "Int8Kernel",
     "Model",
     "Vanilla",
     "abstract_params",
@@ -47,6 +51,7 @@ __all__ = [
     "loss_mask",
     "masked_cross_entropy",
     "next_logits",
+    "quantize",
     "record_attention",
     "stack_layers",
     "token_losses",

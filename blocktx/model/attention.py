@@ -9,6 +9,7 @@ from blocktx.model.cache import LayerCache
 from blocktx.model.layers import Heads, Norm, linear
 from blocktx.ops import (
     attend,
+    attend_by_products,
     attend_cudnn,
     attend_short,
     attend_splash,
@@ -91,6 +92,10 @@ class Attention(nn.Module):
             q_k_v = self.rotated(x_TxD, position_T)
             emulate = chosen.pallas == "interpreted"
             y_TxHxC = attend_cudnn(*q_k_v, mask_TxT[-1].sum(), emulate=emulate)
+        elif self.window and chosen.token_attention == "products":
+            # Saved, the products would be as many times larger than queries as there are keys.
+            among = jax.checkpoint(attend_by_products)
+            y_TxHxC = among(*self.rotated(x_TxD, position_T), mask_TxT)
         else:
             q_k_v = self.rotated(x_TxD, position_T)
             # Scores and weights are larger than their inputs: cheaper recomputed on TPU.
@@ -108,12 +113,15 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, LayerCache]:
         """Return the attention `[T, D]` of T positions over themselves, written to a cache.
 
-        The cache is not read.
+        The cache is not read. The mask is causal, and masks nothing else: a prompt's padding comes
+        last.
         """
         q_TxHxC, k_TxGxC, v_TxGxC = self.rotated(x_TxD, position_T)
-        recomputed = self.config.formulations.scores == "recomputed"
-        among = jax.checkpoint(attend) if recomputed else attend
-        y_TxHxC = among(q_TxHxC, k_TxGxC, v_TxGxC, mask_TxT)
+        if uses_cudnn(self.config, self.stack):
+            emulate = self.config.formulations.pallas == "interpreted"
+            y_TxHxC = attend_cudnn(q_TxHxC, k_TxGxC, v_TxGxC, emulate=emulate)
+        else:
+            y_TxHxC = attend(q_TxHxC, k_TxGxC, v_TxGxC, mask_TxT)
         k_TxE, v_TxE = (x.reshape(len(x), -1) for x in (k_TxGxC, v_TxGxC))
         return self._project_out(y_TxHxC), cache.write(k_TxE, v_TxE, slot)
 

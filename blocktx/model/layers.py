@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from blocktx.config import ModelConfig
+from blocktx.model.quantize import Int8Kernel
 from blocktx.model.sharding import named
 from blocktx.ops import gelu, normalize
 from blocktx.parallel import BATCH_AXES, constrain
@@ -155,6 +156,8 @@ class Embedding(nn.Embed):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         table_VxD = self.embedding
+        if isinstance(table_VxD, Int8Kernel):
+            return table_VxD.rows(ids).astype(self.dtype)
         if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1:
             table_VxD = constrain(table_VxD, "vocab", "features")
         return jnp.take(table_VxD, ids, axis=0).astype(self.dtype)

@@ -9,6 +9,7 @@ import numpy as np
 
 from blocktx.config import ModelConfig
 from blocktx.model.build import Model
+from blocktx.model.quantize import Int8Kernel
 
 
 def for_decoding(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
@@ -22,6 +23,8 @@ def for_decoding(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str,
     config = dataclasses.replace(model.config, scan_layers=False, param_dtype=dtype)
 
     def cast(tree: dict[str, Any] | jax.Array) -> dict[str, Any] | jax.Array:
+        if isinstance(tree, Int8Kernel):
+            return tree
         if not isinstance(tree, dict):
             return tree.astype(dtype)
         return tree if "scale" in tree else {name: cast(below) for name, below in tree.items()}
@@ -67,5 +70,5 @@ def classifier_kernel(config: ModelConfig, params: dict[str, Any]) -> jax.Array:
     """Return the classifier `[E, V]`; the transposed embedding table if it is tied."""
     owner = params["token_decoder"] if config.kind == "block" else params
     if config.tied_classifier:
-        return owner["embed"]["embedding"].T
-    return owner["classifier"]["kernel"]
+        return jnp.asarray(owner["embed"]["embedding"]).T
+    return jnp.asarray(owner["classifier"]["kernel"])

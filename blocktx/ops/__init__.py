@@ -13,7 +13,7 @@ Arrays in, arrays out: no Flax, no parameters.
     cross_entropy.py    cross-entropy without materialized logits
 """
 
-from blocktx.ops.attention import attend, choose_attention, repeat_heads
+from blocktx.ops.attention import attend, attend_by_products, choose_attention, repeat_heads
 from blocktx.ops.cross_entropy import cross_entropy_sum
 from blocktx.ops.gelu import gelu
 from blocktx.ops.kernels import (
@@ -29,6 +29,7 @@ from blocktx.ops.rotary import rotary, rotary_by_head, rotary_by_product
 
 __all__ = [
     "attend",
+    "attend_by_products",
     "attend_cudnn",
     "attend_short",
     "attend_splash",

@@ -7,21 +7,23 @@ ones, which costs the matrix unit less than a reduction costs the vector units, 
 the gradients outlive the chunk.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from blocktx.parallel import batch_parts, constrain
 
-_TOKENS = 16_384  # in a chunk, on each device
 _ROWS = 8
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sum(
     hidden_BxMxKxE: jax.Array,
     kernel_ExV: jax.Array,
     labels_BxMxK: jax.Array,
     scored_BxMxK: jax.Array,
+    chunk: int,
 ) -> jax.Array:
     """Return the sum of the cross-entropies of the scored tokens, float32, in nats.
 
@@ -30,15 +32,16 @@ def cross_entropy_sum(
       kernel_ExV: the classifier; the logits are hidden @ kernel.
       labels_BxMxK: int tokens.
       scored_BxMxK: bool, True for tokens that count.
+      chunk: tokens of a device whose logits exist at the same time.
     """
-    return _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK)[0]
+    return _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK, chunk)[0]
 
 
-def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK):
+def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK, chunk):
     rows, blocks, positions, width = hidden_BxMxKxE.shape
     mesh = jax.sharding.get_abstract_mesh()
     rows_here = rows if mesh.empty else max(rows // batch_parts(mesh), 1)
-    size = max(_TOKENS // (rows_here * positions), 1)
+    size = max(chunk // (rows_here * positions), 1)
     # One conversion and transposition for all chunks. A sharded kernel is gathered, else XLA moves
     # activations to its shards.
     kernel_VxE = constrain(kernel_ExV.astype(hidden_BxMxKxE.dtype).T, "vocab", "features")
@@ -103,7 +106,8 @@ def _chunk(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
     return jnp.where(scored_BxM, nats_BxM, 0).sum(), dx_BxMxE.astype(dtype), dkernel_ExV
 
 
-def _backward(gradients, g):
+def _backward(chunk, gradients, g):
+    del chunk
     dhidden, dkernel = gradients
     return (dhidden * g).astype(dhidden.dtype), (dkernel * g).astype(dkernel.dtype), None, None
 

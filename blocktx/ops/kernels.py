@@ -34,7 +34,12 @@ def fits_short(stack: StackConfig, positions: int) -> bool:
 
 
 def attend_cudnn(
-    q_TxHxC: jax.Array, k_TxGxC: jax.Array, v_TxGxC: jax.Array, count: jax.Array, *, emulate: bool
+    q_TxHxC: jax.Array,
+    k_TxGxC: jax.Array,
+    v_TxGxC: jax.Array,
+    count: jax.Array | None = None,
+    *,
+    emulate: bool,
 ) -> jax.Array:
     """Return causal attention `[T, H, C]` over a sequence by cuDNN, which stores no scores.
 
@@ -42,12 +47,14 @@ def attend_cudnn(
       q_TxHxC: queries, after rotary positions.
       k_TxGxC, v_TxGxC: keys, after rotary positions, and values.
       count: the keys that are real, the first so many. The rest is padding. A boolean mask would be
-        materialised as a bias.
+        materialised as a bias. None: all.
       emulate: compute the same by XLA, without a GPU.
     """
-    count = count.astype(jnp.int32)[None]
-    # JAX 0.10 cannot batch it over lengths that are not batched, as a constant is not.
-    lengths = dict(query_seq_lengths=len(q_TxHxC) + 0 * count, key_value_seq_lengths=count)
+    lengths = {}
+    if count is not None:
+        count = count.astype(jnp.int32)[None]
+        # JAX 0.10 cannot batch it over lengths that are not batched, as a constant is not.
+        lengths = dict(query_seq_lengths=len(q_TxHxC) + 0 * count, key_value_seq_lengths=count)
     q_k_v = (x[None] for x in (q_TxHxC, k_TxGxC, v_TxGxC))
     implementation = "xla" if emulate else "cudnn"
     y_1xTxHxC = jax.nn.dot_product_attention(

@@ -1,6 +1,7 @@
 """How do devices and processes share the work?
 
 backend.py      the backend of the scripts
+gpu.py          settings of a run on GPUs
 sharding.py     the device mesh and the logical-axis rules
 distributed.py  multi-process initialization and exit
 google_vm.py    queries to the Google Cloud VM metadata server
@@ -10,6 +11,7 @@ host_rows.py    the rows of a batch that a process reads
 from blocktx.parallel.backend import choose_backend
 from blocktx.parallel.distributed import HEARTBEAT_TIMEOUT, MODES, exit_process, initialize
 from blocktx.parallel.google_vm import is_google_vm, metadata
+from blocktx.parallel.gpu import prepare_gpu
 from blocktx.parallel.host_rows import HostRows
 from blocktx.parallel.sharding import (
     BATCH_AXES,
@@ -41,6 +43,7 @@ __all__ = [
     "initialize",
     "is_google_vm",
     "metadata",
+    "prepare_gpu",
     "replicated",
     "spec",
 ]

@@ -19,9 +19,17 @@ interrupt.py  deferred stop requests: signals and preemption notices
 """
 
 from blocktx.train.loop import train
+from blocktx.train.loss import training_sums
 from blocktx.train.loss_plot import plot_runs
 from blocktx.train.metrics import read
-from blocktx.train.step import TrainState, abstract_batch, abstract_state, check_run, train_step
+from blocktx.train.step import (
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    check_run,
+    create_state,
+    train_step,
+)
 from blocktx.train.teacher import abstract_teacher
 from blocktx.train.teacher_cache import abstract_cache, write_cache
 
@@ -32,9 +40,11 @@ __all__ = [
     "abstract_state",
     "abstract_teacher",
     "check_run",
+    "create_state",
     "plot_runs",
     "read",
     "train",
     "train_step",
+    "training_sums",
     "write_cache",
 ]

@@ -115,6 +115,7 @@ def _fused_nats(
         classifier_ExV,
         jnp.roll(tokens_BxNxK, -1, axis=1),
         jnp.pad(scored_BxMxK, ((0, 0), (0, 1), (0, 0))),
+        model.formulations.loss_tokens,
     )
 
 

@@ -23,7 +23,7 @@ benchmark = importlib.import_module("blocktx.benchmark.measure")  # `measure` is
 STACK = StackConfig(layers=1, width=16, heads=2)
 CONFIG = BlockConfig(vocab_size=53, context_length=32, block_decoder=STACK, token_decoder=STACK)
 PAPER = pathlib.Path(__file__).parents[2] / "configs" / "paper.py"
-MACHINE = machine.MeasuredPeaks("a device", flops_per_second=1e9, bytes_per_second=1e8)
+MACHINE = machine.MeasuredPeaks("a device", 1e9, 1e8, matrix=2048, read_bytes=2**28)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,8 @@ def test_results_grow_by_rounds_that_count(candidate, monkeypatch):
     assert second[0].seconds == (4 * 5 + 1 + 4 * 8 + 1) / 2
 
 
-def test_machine_is_measured(monkeypatch):
-    monkeypatch.setattr(machine, "_MATRIX", 64)
-    monkeypatch.setattr(machine, "_READ_BYTES", 2**16)
-    measured = machine.measure_machine("float32")
+def test_machine_is_measured():
+    measured = machine.measure_machine("float32", 64, 2**16)
     assert measured.flops_per_second > 0
     assert measured.bytes_per_second > 0
     assert measured.device == jax.devices()[0].device_kind

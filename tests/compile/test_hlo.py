@@ -12,6 +12,7 @@ from blocktx.chips import CHIPS
 from blocktx.compile.hlo import Program
 from blocktx.compile.hlo_collectives import collectives
 from blocktx.compile.hlo_cost import cycles, flops, hbm_bytes
+from blocktx.compile.hlo_kernels import kernels
 from blocktx.compile.hlo_operations import Shape
 from blocktx.config.run import RunConfig, TrainingConfig
 from blocktx.model.build import build
@@ -154,3 +155,52 @@ def test_open_loop_of_this_machine_is_found():
     program = Program(text)
     ((_, body),) = program.open_loops()
     assert flops(program, body) == 2 * 4**3
+
+
+GPU = """HloModule gpu
+
+%fused_softmax (p.0: f32[8,128]) -> f32[8] {
+  %p.0 = f32[8,128]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %sum = f32[8]{0} reduce(%p.0, %zero), dimensions={1}, to_apply=%add
+}
+
+%fused_add (p.1: f32[8,128]) -> f32[8,128] {
+  %p.1 = f32[8,128]{1,0} parameter(0)
+  ROOT %add.1 = f32[8,128]{1,0} add(%p.1, %p.1)
+}
+
+%fused_cast (p.2: f32[8,128]) -> bf16[128,8] {
+  %p.2 = f32[8,128]{1,0} parameter(0)
+  %turned = f32[128,8]{1,0} transpose(%p.2), dimensions={1,0}
+  ROOT %cast = bf16[128,8]{1,0} convert(%turned)
+}
+
+ENTRY %main (x: f32[8,128], q: bf16[2,16,4,8], k: bf16[2,16,4,8]) -> f32[8] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %q = bf16[2,16,4,8]{3,2,1,0} parameter(1)
+  %k = bf16[2,16,4,8]{3,2,1,0} parameter(2)
+  %attention = (bf16[2,4,16,8]{3,1,2,0}, f32[2,4,16]{2,1,0}, u8[4096]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "16", "16"], "tuple_shapes": []}}}
+  %gradient = (bf16[2,4,16,8]{3,1,2,0}, bf16[2,4,16,8]{3,1,2,0}, bf16[2,4,16,8]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "16", "16"], "tuple_shapes": []}}}
+  %added = f32[8,128]{1,0} fusion(%x), kind=kLoop, calls=%fused_add
+  %moved = bf16[128,8]{1,0} fusion(%added), kind=kLoop, calls=%fused_cast
+  ROOT %summed = f32[8]{0} fusion(%added), kind=kInput, calls=%fused_softmax
+}
+"""  # noqa: E501
+
+
+def test_kernels_of_a_gpu_by_kind():
+    found = {each.kind: each for each in kernels(Program(GPU))}
+    array, scores = 2 * (2 * 16 * 4 * 8), 4 * (2 * 4 * 16)
+    assert found["attention"].count == 2
+    # The workspace, of which a library leaves most alone, does not count.
+    assert found["attention"].bytes == (3 + 1) * array + scores + (3 + 3) * array
+    assert found["elementwise"].bytes == 2 * 4 * 8 * 128
+    assert found["copies"].bytes == (4 + 2) * 8 * 128
+    assert found["reductions"].bytes == 4 * (8 * 128 + 8)
+    assert sum(each.bytes for each in found.values()) == hbm_bytes(Program(GPU))
+
+
+def test_attention_of_cudnn_has_products():
+    scores = 2 * 4 * 16 * 16
+    assert flops(Program(GPU)) == 2 * (2 + 5) * scores * 8

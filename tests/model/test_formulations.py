@@ -26,11 +26,7 @@ MODELS = {
     ),
     "vanilla": VanillaConfig(**SHARED, decoder=LLAMA, compute_dtype="bfloat16"),
 }
-PLAIN = dataclasses.replace(
-    Formulations(self_attention="plain").resolved("unknown"),
-    pallas="interpreted",
-    prefill_positions=100_000,
-)
+PLAIN = dataclasses.replace(Formulations.plain(), pallas="interpreted", prefill_positions=100_000)
 PLATFORMS = ("cpu", "gpu", "tpu")
 
 
@@ -38,7 +34,7 @@ def choices() -> list[tuple[str, str]]:
     """Every formulation that is not the plain one, by field."""
     found = []
     for field, hint in typing.get_type_hints(Formulations).items():
-        if field in ("pallas", "prefill_positions"):
+        if field in ("pallas", "prefill_positions", "loss_tokens"):
             continue
         plain = getattr(PLAIN, field)
         found += [(field, x) for x in typing.get_args(hint) if x not in ("auto", plain)]

@@ -8,20 +8,10 @@ import pytest
 from blocktx.config.formulations import Formulations
 from blocktx.config.stack import RotaryScaling, StackConfig
 from blocktx.ops.attention import (
-    attend_block_diagonal,
-    attend_by_head,
-    attend_elementwise,
-    attend_head_by_head,
+    ATTENTION,
     choose_attention,
 )
 from blocktx.ops.rotary import rotary, rotary_by_product
-
-FORMULATIONS = [
-    attend_by_head,
-    attend_head_by_head,
-    attend_block_diagonal,
-    attend_elementwise,
-]
 
 
 def reference(q, k, v, mask, heads, kv_heads):
@@ -51,14 +41,15 @@ def reference(q, k, v, mask, heads, kv_heads):
         (3, 37, 4, 1, 6),
     ],
 )
-@pytest.mark.parametrize("attend", FORMULATIONS, ids=lambda f: f.__name__)
-def test_formulations_equal_softmax_attention(attend, queries, slots, heads, kv_heads, size):
+@pytest.mark.parametrize("name", ATTENTION)
+def test_formulations_equal_softmax_attention(name, queries, slots, heads, kv_heads, size):
     rng = np.random.default_rng(0)
     shapes = (queries, heads), (slots, kv_heads), (slots, kv_heads)
     q, k, v = (rng.normal(size=(n, count * size), scale=2) for n, count in shapes)
     mask = rng.random((queries, slots)) < 0.6
     mask[:, 0] = True
     mask[-1] = False  # a query that may see nothing sees all alike
+    attend = ATTENTION[name]
     with jax.default_matmul_precision("float32"):
         got = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask, heads, kv_heads)
     np.testing.assert_allclose(got, reference(q, k, v, mask, heads, kv_heads), atol=2e-5)
@@ -90,8 +81,8 @@ def test_rotary_by_product_equals_rotary(dims, scaling):
 
 def test_choice_of_attention():
     def chosen(platform, *args):
-        formulations = Formulations().resolved(platform)
-        return choose_attention(formulations, *args)[2].func.__name__
+        attend = choose_attention(Formulations().resolved(platform), *args)[2]
+        return attend.keywords.get("among", attend.func).__name__
 
     stack = StackConfig(layers=1, width=768, heads=12)
 
@@ -100,4 +91,6 @@ def test_choice_of_attention():
     assert chosen("tpu", 256, 544, stack) == "attend_by_head"
     assert chosen("cpu", 1, 544, stack) == "attend_head_by_head"
     assert chosen("cpu", 1, 5, stack) == "attend_by_head"
-    assert chosen("gpu", 1, 544, stack) == "attend_by_head"
+    assert chosen("gpu", 1, 544, stack) == "attend_by_products"
+    assert chosen("gpu", 1, 5, stack) == "attend_by_products"
+    assert chosen("gpu", 256, 544, stack) == "attend_by_head"

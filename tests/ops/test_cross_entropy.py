@@ -11,7 +11,6 @@ import pytest
 from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
 from blocktx.config.run import LossConfig
 from blocktx.model.build import build
-from blocktx.ops import cross_entropy
 from blocktx.ops.cross_entropy import cross_entropy_sum
 from blocktx.train.loss import training_sums
 from tests.helpers.random_weights import random_params
@@ -24,8 +23,7 @@ MODELS = {
 }
 
 
-def test_equals_the_plain_loss(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_TOKENS", 12)  # 3 blocks of 7: the last slice is smaller
+def test_equals_the_plain_loss():
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(2, 7, 2, 16)).astype(np.float32)
     kernel = 3 * rng.normal(size=(16, 29)).astype(np.float32)
@@ -39,7 +37,8 @@ def test_equals_the_plain_loss(monkeypatch):
     @jax.jit
     def both(hidden, kernel):
         def fused(*args):
-            return cross_entropy_sum(*args, labels, scored)
+            # Chunks are of 3 blocks; the last of 7 is alone.
+            return cross_entropy_sum(*args, labels, scored, 12)
 
         return [
             jax.value_and_grad(lambda *args, f=f: 0.5 * f(*args), (0, 1))(hidden, kernel)
@@ -55,7 +54,7 @@ def test_large_logits_neither_overflow_nor_lose_their_gradient():
     hidden = np.full((1, 1, 1, 1), 200, np.float32)
     kernel = np.array([[1.0, -1.0]], np.float32)
     labels, scored = np.ones((1, 1, 1), int), np.ones((1, 1, 1), bool)
-    nats, gradient = jax.value_and_grad(cross_entropy_sum, 1)(hidden, kernel, labels, scored)
+    nats, gradient = jax.value_and_grad(cross_entropy_sum, 1)(hidden, kernel, labels, scored, 1)
     assert nats == 400
     np.testing.assert_array_equal(gradient, [[200, -200]])
 
