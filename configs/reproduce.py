@@ -60,7 +60,7 @@ _MODELS = {
 }
 _STEPS = 1000
 # With the training FLOPs of `vanilla`, as `blocktx.cost` counts them.
-_EQUAL_FLOPS_STEPS = {"flops_block": 16722, "flops_wide_block": 4454}
+_EQUAL_FLOPS_STEPS = {"flops_block": 2029, "flops_wide_block": 599}
 _LEARNING_RATES = {}  # others than the usual one; see the study `learning_rate`
 
 

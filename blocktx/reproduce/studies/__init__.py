@@ -19,9 +19,8 @@ from blocktx.reproduce.studies import (
 )
 from blocktx.reproduce.study import Study
 
-STUDIES: dict[
-    str, Callable[[Base], Study]
-] = {  # in the order in which `all` makes them: the main findings first
+# In the order in which `all` makes them: the main findings first.
+STUDIES: dict[str, Callable[[Base], Study]] = {
     "regime": regime.study,
     "block_length": block_length.study,
     "allocation": allocation.study,
