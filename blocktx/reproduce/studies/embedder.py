@@ -39,11 +39,9 @@ def study(base: Base) -> Study:
 
 def mean_study(base: Base) -> Study:
     """Return the study of an embedder that begins as a mean and learns to deviate from it."""
-    width = base.block.model.block_decoder.width
     runs = {"lookup": common.ordinary(base), "projection": common.projection(base)}
     for kind in ("mean", "mean_mlp"):
-        embedder = EmbedderConfig(kind=kind, width=width)
-        runs[kind] = Run(f"embedder_{kind}", base.vary(embedder=embedder))
+        runs[kind] = Run(f"embedder_{kind}", base.vary(embedder=EmbedderConfig(kind=kind)))
 
     def find(results: Results) -> Found:
         losses = {kind: results.values(run.name) for kind, run in runs.items()}
