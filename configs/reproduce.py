@@ -38,29 +38,28 @@ def _vanilla(layers: int, width: int) -> VanillaConfig:
 
 
 _MODELS = {
-    "block": _block(48),
-    "vanilla": _vanilla(6, 48),
-    "flops_block": _block(48),
-    "flops_wide_block": _block(96),
+    "block": _block(32),
+    "vanilla": _vanilla(6, 32),
+    "flops_block": _block(32),
+    "flops_wide_block": _block(64),
     # As in the paper: a narrower token decoder, and as many non-embedding parameters in all.
     "megabyte": BlockConfig(
         **_SHARED,
         block_length=4,
-        block_decoder=_stack(5, 48),
-        token_decoder=_stack(4, 24),
+        block_decoder=_stack(5, 32),
+        token_decoder=_stack(4, 16),
         conditioning="summation",
     ),
-    "frontier_vanilla_s": _vanilla(3, 32),
-    "frontier_vanilla_l": _vanilla(6, 80),
-    "frontier_block4_s": _block(32),
-    "frontier_block4_m": _block(80),
-    "frontier_block4_l": _block(112),
-    "frontier_block2": _block(48, 2),
-    "frontier_block8": _block(80, 8),
+    "frontier_vanilla_s": _vanilla(2, 32),
+    "frontier_vanilla_l": _vanilla(6, 64),
+    "frontier_block4_m": _block(64),
+    "frontier_block4_l": _block(96),
+    "frontier_block2": _block(32, 2),
+    "frontier_block8": _block(64, 8),
 }
 _STEPS = 1000
 # With the training FLOPs of `vanilla`, as `blocktx.cost` counts them.
-_EQUAL_FLOPS_STEPS = {"flops_block": 2029, "flops_wide_block": 599}
+_EQUAL_FLOPS_STEPS = {"flops_block": 2236, "flops_wide_block": 698}
 _LEARNING_RATES = {}  # others than the usual one; see the study `learning_rate`
 
 
