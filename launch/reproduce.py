@@ -2,9 +2,10 @@ r"""Try the paper's findings: train and measure what each of them needs, and wri
 
     python launch/reproduce.py --study=block_length --scale=cpu --workdir=runs/reproduce
 
---study=all makes all of them; a run that several studies share is trained once. --dry_run lists the
-runs. The results, results.json, are written to --output after each finished run, and the report,
-README.md with pictures, at the end; --report_only makes the report again from results.json alone.
+--study=all makes all of the paper's; a run that several studies share is trained once. Further
+studies, of what the paper leaves open, are made if they are named. --dry_run lists the runs. The
+results, results.json, are written to --output after each finished run, and the report, README.md
+with pictures, at the end; --report_only makes the report again from results.json alone.
 
 After Ctrl-C or SIGKILL the same command resumes: finished runs, in --workdir or in the results.json
 of --output, are not repeated. Several processes can share both folders if their studies or seeds
@@ -25,6 +26,7 @@ from blocktx import command_line, cost
 from blocktx.config import RunConfig
 from blocktx.parallel import initialize
 from blocktx.reproduce import (
+    FURTHER,
     RESULTS,
     SCALES,
     STUDIES,
@@ -42,7 +44,9 @@ from blocktx.reproduce import (
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
-_STUDY = flags.DEFINE_list("study", None, f"all, or some of {', '.join(STUDIES)}.")
+_STUDY = flags.DEFINE_list(
+    "study", None, f"all, or some of {', '.join(STUDIES)}; further: {', '.join(FURTHER)}."
+)
 _SCALE = flags.DEFINE_enum("scale", "cpu", [*SCALES], "How large the models are.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "The folder of the runs.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder of the report; None: --workdir.")
@@ -59,7 +63,7 @@ _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make the report from its
 
 
 def _chosen(studies: dict[str, Study]) -> list[Study]:
-    names = list(studies) if _STUDY.value == ["all"] else _STUDY.value
+    names = list(STUDIES) if _STUDY.value == ["all"] else _STUDY.value
     for name in names or [""]:
         if name not in studies:
             raise ValueError(f"--study: got {name!r}; use all, or some of {', '.join(studies)}")
@@ -106,7 +110,7 @@ def _saved(output: str, flags_: str, required: bool) -> Results:
 def main() -> None:
     scale = SCALES[_SCALE.value]
     base = Base.read(scale, _read_config, _STEPS.value)
-    studies = {name: study(base) for name, study in STUDIES.items()}
+    studies = {name: study(base) for name, study in (STUDIES | FURTHER).items()}
     chosen, seeds = _chosen(studies), _seeds(scale.seeds)
     flags_ = f"--scale={_SCALE.value}" + (f" --steps={_STEPS.value}" if _STEPS.value else "")
     output, failed = _OUTPUT.value or _WORKDIR.value, {}

@@ -13,10 +13,11 @@ report.py       results.json and the page
 from blocktx.reproduce.report import RESULTS, read_results, write_report, write_results
 from blocktx.reproduce.runner import collect, read_run, read_speed, run_all
 from blocktx.reproduce.scale import SCALES, Base
-from blocktx.reproduce.studies import STUDIES
+from blocktx.reproduce.studies import FURTHER, STUDIES
 from blocktx.reproduce.study import Results, Study
 
 __all__ = [
+    "FURTHER",
     "RESULTS",
     "SCALES",
     "STUDIES",

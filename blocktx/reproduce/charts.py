@@ -67,5 +67,14 @@ def _draw_series(axes: Axes, series: Series, color: str) -> None:
         xerr=[left, right] if left else None,
         linestyle="-" if series.joined else "none",
     )
+    above = series.label != "vanilla"  # labels of lines that are close stand on opposite sides
     for x, y, label in zip(series.x, means, series.point_labels, strict=False):
-        axes.annotate(label, (x, y), (5, 5), textcoords="offset points", fontsize=8, color=color)
+        axes.annotate(
+            plotting.plain(label),
+            (x, y),
+            (4, 5 if above else -5),
+            textcoords="offset points",
+            va="bottom" if above else "top",
+            fontsize=8,
+            color=color,
+        )

@@ -9,7 +9,7 @@ from etils import epath
 
 from blocktx.files import write_atomic, write_png
 from blocktx.reproduce.charts import draw
-from blocktx.reproduce.study import Found, Results, Study
+from blocktx.reproduce.study import VERDICTS, Found, Results, Study
 
 RESULTS, PAGE = "results.json", "README.md"
 
@@ -60,27 +60,32 @@ def write_report(
     folder, studies, sections, summary = epath.Path(folder), list(studies), [], []
     for study in studies:
         done, wanted = _finished(study, results, seeds)
+        finished = f"{done} of {wanted}"
         complete = _complete_seeds(study, results)
         if (study.runs and not complete) or (not study.runs and done < wanted):
-            summary.append([study.name, study.finding, "not finished", f"{done} of {wanted}"])
+            summary.append([study.name, study.finding, "not finished", "", "", finished])
             continue
         of_seeds = dataclasses.replace(results, seeds=complete)
         found = study.find(of_seeds)
         for chart in found.charts:
             write_png(folder / f"{chart.name}.png", draw(chart))
         name = f"[{study.name}](#{study.name})"
-        summary.append([name, study.finding, _verdict(found), f"{done} of {wanted}"])
+        summary.append([name, study.finding, *_counts(found), finished])
         sections.append(_section(study, found, of_seeds))
     page = "\n".join(
         [
-            "# The paper's findings, tried",
+            "# The paper's findings at this scale",
+            "",
+            "Each study trains models that differ in one respect, and compares them by their loss "
+            "on held-out text, in nats per token: lower is better. Throughput is measured with "
+            "random weights.",
             "",
             f"Made from [{RESULTS}]({RESULTS}) by `python launch/reproduce.py --study=all {flags} "
-            f"--report_only`. Losses are in nats per token.",
+            "--report_only --output=FOLDER`.",
             "",
             _verdicts(results),
             "",
-            _table(["study", "finding", "statements", "results finished"], summary),
+            _table(["study", "finding", *VERDICTS, "results finished"], summary),
             *sections,
             *_all_runs(studies, results),
         ]
@@ -90,23 +95,20 @@ def write_report(
 
 
 def _verdicts(results: Results) -> str:
+    """Return how statements about losses are decided."""
+    decided = "A statement *agrees*, *disagrees* or is *undecided*"
     noise = results.noise()
     if noise is None:
-        why = "since fewer than two seeds are finished there is no estimate of the noise"
-    else:
-        why = (
-            "the seeds contradict each other, or the mean difference of two losses is within two "
-            f"standard errors, {2 * noise * math.sqrt(2):.4f} for one seed and "
-            f"{2 * noise:.4f} for two (a seed gives the loss of a run a standard deviation of "
-            f"{noise:.4f})"
+        return (
+            f"{decided}. Comparisons of losses are all undecided: the noise is estimated from two "
+            "or more seeds, and they are not finished."
         )
     return (
-        "Verdicts are of each statement as it is seen at this scale: *agrees*, *disagrees*, or "
-        f"*undecided*, if {why}. ± is the largest deviation of a seed from the mean, except where "
-        "it says standard error."
-        if noise is not None
-        else "Verdicts are of each statement as it is seen at this scale: *agrees*, *disagrees*, "
-        f"or *undecided*; {why}, so all comparisons of losses are undecided."
+        f"{decided}. A comparison of losses is undecided if the seeds contradict each other, or if "
+        f"the mean difference is within two standard errors: {2 * noise * math.sqrt(2):.4f} for "
+        f"one seed, {2 * noise:.4f} for two. (The standard deviation of a loss over seeds is "
+        f"{noise:.4f}.) ± is the largest deviation of a seed from the mean, unless it says "
+        "standard error. Bars in pictures span the seeds, or the repeats of a measurement."
     )
 
 
@@ -123,16 +125,19 @@ def _finished(study: Study, results: Results, seeds: Sequence[int]) -> tuple[int
     return sum(runs + speeds), len(runs + speeds)
 
 
-def _verdict(found: Found) -> str:
+def _counts(found: Found) -> list[str]:
     verdicts = [check.verdict for check in found.checks]
-    counts = {verdict: verdicts.count(verdict) for verdict in ("agrees", "disagrees", "undecided")}
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    return [str(verdicts.count(verdict) or "") for verdict in VERDICTS]
 
 
 def _section(study: Study, found: Found, results: Results) -> str:
     checks = [[check.statement, check.seen, f"**{check.verdict}**"] for check in found.checks]
     lines = ["", f"## {study.name}", "", study.finding, ""]
-    lines += [_table(["statement", "seen", ""], checks), "", _table(found.header, found.rows)]
+    lines += [
+        _table(["statement", "seen", "verdict"], checks),
+        "",
+        _table(found.header, found.rows),
+    ]
     for chart in found.charts:
         lines += ["", f"![{chart.title}]({chart.name}.png)"]
     notes = []
@@ -168,7 +173,7 @@ def _all_runs(studies: Iterable[Study], results: Results) -> list[str]:
     ]
     header = ["run", "seed", "non-embedding", "steps", "tokens", "FLOPs", "loss", "bits/byte"]
     header += ["CPU minutes", "made"]
-    note = "CPU minutes are of the process in training; none is given for a run that was resumed."
+    note = "CPU minutes are those of the process during training; a run that was resumed has none."
     return ["", "## All finished runs", "", note, "", _table(header, rows)]
 
 

@@ -47,7 +47,6 @@ SCALES = {
                 "frontier_vanilla_s",
                 "vanilla",
                 "frontier_vanilla_l",
-                "frontier_block4_s",
                 "block",
                 "frontier_block4_m",
                 "frontier_block4_l",

@@ -4,13 +4,14 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from blocktx.config import ModelConfig, RunConfig
 
 Verdict = Literal["agrees", "disagrees", "undecided"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 class Run(NamedTuple):

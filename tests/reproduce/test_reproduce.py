@@ -21,7 +21,7 @@ from blocktx.parallel import create_mesh
 from blocktx.reproduce import asked, context_use, runner
 from blocktx.reproduce.report import read_results, write_report, write_results
 from blocktx.reproduce.scale import SCALES, Base
-from blocktx.reproduce.studies import STUDIES
+from blocktx.reproduce.studies import FURTHER, STUDIES
 from blocktx.reproduce.study import Results, holds, lower
 from blocktx.train.loop import train
 from blocktx.train.metrics import MetricsWriter, read
@@ -157,9 +157,9 @@ def test_uptraining_begins_with_the_vanilla_run(base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [*STUDIES, *FURTHER])
 def test_every_study(name, base, tmp_path):
-    study = STUDIES[name](base)
+    study = (STUDIES | FURTHER)[name](base)
     runner.run_all([study], [0], tmp_path)
     results = runner.collect([study], tmp_path)
     page = write_report(tmp_path, [study], results, "--scale=cpu", [0]).read_text()
@@ -324,11 +324,9 @@ def test_allocation_finds_a_u(base):
     study = STUDIES["allocation"](base)
     at = {"5_1": 3.3, "2_1": 3.1, "1_2": 3.15, "1_5": 3.4}
     losses = {f"ratio_{ratio}_length_4": [loss, loss + 0.1] for ratio, loss in at.items()}
-    losses |= {f"length_{n}": [3.0, 3.1] for n in (2, 4, 8)}
-    losses |= {"ratio_5_1_length_2": [3.1, 3.2], "ratio_1_5_length_2": [3.4, 3.5]}
-    losses |= {"ratio_5_1_length_8": [3.4, 3.5], "ratio_1_5_length_8": [3.2, 3.3]}
+    losses |= {"length_4": [3.0, 3.1]}
     found = study.find(made_up(study, losses))
-    assert verdicts(found) == ["agrees"] * 7
+    assert verdicts(found) == ["agrees"] * 6
     assert list(found.charts[0].ticks.values()) == ["5:1", "2:1", "1:1", "1:2", "1:5"]
     losses["length_4"] = [3.2, 3.3]  # worse than 2:1 and 1:2
     assert verdicts(study.find(made_up(study, losses)))[:4] == [
@@ -337,6 +335,17 @@ def test_allocation_finds_a_u(base):
         "disagrees",
         "agrees",
     ]
+
+
+@pytest.mark.parametrize(("long_block", "verdict"), [(3.4, "agrees"), (2.9, "disagrees")])
+def test_allocation_by_length_compares_leads(base, long_block, verdict):
+    study = STUDIES["allocation_by_length"](base)
+    losses = {f"length_{n}": [3.0, 3.1] for n in (2, 4, 8)}
+    losses |= {f"ratio_{ratio}_length_4": [3.2, 3.3] for ratio in ("5_1", "1_5")}
+    losses |= {"ratio_5_1_length_2": [3.1, 3.2], "ratio_1_5_length_2": [3.2, 3.3]}
+    losses |= {"ratio_5_1_length_8": [long_block, long_block + 0.1]}
+    losses |= {"ratio_1_5_length_8": [3.2, 3.3]}
+    assert verdicts(study.find(made_up(study, losses))) == [verdict]
 
 
 @pytest.mark.parametrize(
@@ -489,7 +498,7 @@ def test_report_by_the_script_is_of_all_that_is_there(base, tmp_path, monkeypatc
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "README.md").read_text()
     assert "[embedder](#embedder)" in page
-    assert page.count("not finished") == len(STUDIES) - 1
+    assert page.count("not finished") == len(STUDIES | FURTHER) - 1
     refused = launch("--study=all", "--report_only", f"--output={tmp_path}", "--scale=paper")
     assert f"{tmp_path} has results of --scale=cpu, and --scale=paper is asked" in refused.stderr
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from blocktx.config import ModelConfig, RunConfig
+from blocktx.config import EmbedderConfig, ModelConfig, RunConfig
 from blocktx.reproduce.scale import Base, with_steps
 from blocktx.reproduce.study import Chart, Run, Series, Speed
 
@@ -53,6 +53,12 @@ def prefix(base: Base, length: int) -> Run:
     return Run(f"prefix_{length}", base.vary(prefix_length=length))
 
 
+def projection(base: Base) -> Run:
+    """The block run with the embedder that uptraining needs."""
+    width = base.block.model.block_decoder.width
+    return Run("projection", base.vary(embedder=EmbedderConfig(kind="projection", width=width)))
+
+
 def speed_of(name: str, base: Base, models: Mapping[str, ModelConfig]) -> Speed:
     """The models at the prompt, answer and batch that a scale has for most studies."""
     scale = base.scale
@@ -69,3 +75,12 @@ def compared(name: str, title: str, losses: Mapping[str, Sequence[float]]) -> Ch
     """Losses, a value a seed, side by side."""
     points = Series("", range(len(losses)), list(losses.values()), joined=False)
     return Chart(name, title, "", LOSS, [points], ticks=dict(enumerate(losses)))
+
+
+def describe(model: ModelConfig) -> str:
+    """Return layers and width of a model, and the block length if it has one."""
+    if model.kind == "vanilla":
+        return f"vanilla, {model.decoder.layers} x {model.decoder.width}"
+    block, token = model.block_decoder, model.token_decoder
+    width = f"{block.width}" if block.width == token.width else f"{block.width}/{token.width}"
+    return f"blocks of {model.block_length}, {block.layers}+{token.layers} x {width}"

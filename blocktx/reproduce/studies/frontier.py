@@ -49,7 +49,7 @@ def study(base: Base) -> Study:
         }
         checks: list[Check] = []
         header, charts = ["model", "non-embedding", "loss"], []
-        rows = [[_label(models[name]), sizes[name], spread(losses[name])] for name in runs]
+        rows = [[common.describe(models[name]), sizes[name], spread(losses[name])] for name in runs]
         for setting, speed in speeds.items():
             memory = _memory(models, speed)
             header.append(f"{setting}: MB a row")
@@ -125,13 +125,6 @@ def _with_rate(run: Run, times: float) -> Run:
     return Run(f"{run.name}_rate_{times:g}", dataclasses.replace(short, optimizer=optimizer))
 
 
-def _label(model: ModelConfig) -> str:
-    if model.kind == "vanilla":
-        return f"vanilla {model.decoder.layers} x {model.decoder.width}"
-    layers = f"{model.block_decoder.layers}+{model.token_decoder.layers}"
-    return f"block of {model.block_length}, {layers} x {model.block_decoder.width}"
-
-
 def _memory(models: dict[str, ModelConfig], speed: Speed) -> dict[str, list[float]]:
     """Return counted MB of the cache and the logits of one row, by model."""
     memory = {}
@@ -145,8 +138,7 @@ def _memory(models: dict[str, ModelConfig], speed: Speed) -> dict[str, list[floa
 def _families(models: dict[str, ModelConfig]) -> dict[str, list[str]]:
     families: dict[str, list[str]] = {}
     for name, model in models.items():
-        family = "vanilla" if model.kind == "vanilla" else f"blocks of {model.block_length}"
-        families.setdefault(family, []).append(name)
+        families.setdefault(common.describe(model).partition(",")[0], []).append(name)
     return families
 
 
@@ -166,10 +158,7 @@ def _chart(
                 [statistics.median(x[name]) for name in names],
                 [losses[name] for name in names],
                 joined=len(names) > 1,
-                point_labels=[
-                    _label(models[name]).rpartition(", ")[2].removeprefix("vanilla ")
-                    for name in names
-                ],
+                point_labels=[common.describe(models[name]).rpartition(", ")[2] for name in names],
                 x_range=[(min(x[name]), max(x[name])) for name in names],
             )
         )

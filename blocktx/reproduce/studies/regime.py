@@ -49,7 +49,19 @@ def study(base: Base) -> Study:
                     f"{gain:.1%}",
                 ),
             ]
-            rows.append([name, spread(loss), spread(before), f"{gain:.1%}"])
+            model = run.config.model
+            rows.append(
+                [
+                    common.describe(model),
+                    f"{results.values(run.name, 'non_embedding')[0]:,}",
+                    f"{model.vocab_size:,}",
+                    f"{model.context_length:,}",
+                    f"{results.values(run.name, 'tokens')[0] / 1e6:.2f}M",
+                    spread(loss),
+                    spread(before),
+                    f"{gain:.1%}",
+                ]
+            )
             curve = results.values(run.name, "loss_by_place")
             places = [begin for begin, _ in curve[0]]
             middle = (places[1] - places[0]) / 2
@@ -57,7 +69,16 @@ def study(base: Base) -> Study:
             curves.append(Series(name, [begin + middle for begin in places], bins))
         return Found(
             checks,
-            ["model", "loss", "loss in half the steps", "gain"],
+            [
+                "layers x width",
+                "non-embedding",
+                "vocabulary",
+                "context",
+                "tokens",
+                "loss",
+                "loss in half the steps",
+                "gain",
+            ],
             rows,
             [
                 Chart(

@@ -2,19 +2,17 @@
 
 import statistics
 
-from blocktx.config import EmbedderConfig
-from blocktx.reproduce.scale import Base, with_steps
+from blocktx.reproduce.scale import Base
 from blocktx.reproduce.studies import common
 from blocktx.reproduce.study import Check, Found, Results, Run, Study, lower, spread
 
 
 def study(base: Base) -> Study:
-    width = base.block.model.block_decoder.width
-    config = base.vary(embedder=EmbedderConfig(kind="projection", width=width))
-    short = with_steps(config, config.training.steps // 10)
+    whole = common.projection(base)
+    short = common.shortened(whole.config, 10)
     runs = {
         "vanilla, all steps": common.vanilla(base),
-        "block, all steps": Run("projection", config),
+        "block, all steps": whole,
         "uptrained, a tenth": Run("uptrained_tenth", short, uptrained_from=common.vanilla(base)),
         "from scratch, a tenth": Run("scratch_tenth", short),
     }
