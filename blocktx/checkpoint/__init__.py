@@ -8,8 +8,8 @@ manager.py      save and resume in training
 params.py       load and save parameters alone
 safetensors.py  export to and import from safetensors
 
-`Checkpoints.restore(..., step=)` chooses a checkpoint. `verify=False` skips the comparison of digests
-at loading. `allow_nonfinite=True` accepts parameters with NaN or infinity.
+`Checkpoints.restore(..., step=)` chooses a checkpoint. `verify=False` skips the comparison of
+digests at loading. `allow_nonfinite=True` accepts parameters with NaN or infinity.
 """
 
 from blocktx.checkpoint.digest import file_digest
