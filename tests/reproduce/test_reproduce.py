@@ -308,7 +308,8 @@ def test_what_fails_is_named_and_the_rest_is_made(base, tmp_path, monkeypatch, c
 def made_up(study, losses, **values):
     """Results of a study whose runs have these losses, one a seed, and else what is given."""
     common = {"steps": 1, "tokens": 1, "flops": 1.0, "non_embedding": 1, "cpu_seconds": 1.0}
-    common |= {"bits_per_byte": 1.0, "made": ""} | values
+    made_for = {"config": {"model": {"vocab_size": 300, "context_length": 32}}}
+    common |= {"bits_per_byte": 1.0, "made": "", "asked": made_for} | values
     runs = {
         name: {str(seed): common | {"loss": loss} for seed, loss in enumerate(of_seeds)}
         for name, of_seeds in losses.items()
@@ -376,17 +377,22 @@ def test_long_context_is_decided_by_standard_errors(base, fall, verdict):
     assert [row[0] for row in found.rows] == ["0-7", "8-15"]
 
 
-def test_regime_asks_for_flat_learning_curves(base):
+@pytest.mark.parametrize(("exchange", "verdict"), [(0.1, "agrees"), (0.01, "undecided")])
+def test_regime_asks_for_the_use_of_context(base, exchange, verdict):
     study = STUDIES["regime"](base)
-    values = {"loss_by_place": [[0, 5.0], [8, 4.9]], "fall": [0.1, 0.01], "exchange": [0.1, 0.01]}
+    values = {"loss_by_place": [[0, 5.0], [8, 4.9]], "fall": [0.1, 0.01]}
+    losses = {"vanilla": [3.0], "length_4": [3.0]}
+    found = study.find(made_up(study, losses, exchange=[exchange, 0.01], **values))
+    assert verdicts(found) == ["agrees", verdict] * 2
+    assert found.rows[0][2:4] == ["300", "32"]  # of what was run, not of what would be
+
+
+def test_learning_curve_compares_schedules_of_half_the_steps(base):
+    study = STUDIES["learning_curve"](base)
     losses = {"vanilla": [3.0], "length_4": [3.0]}
     losses |= {"vanilla_half_steps": [3.05], "length_4_half_steps": [3.2]}
-    found = study.find(made_up(study, losses, **values))
-    assert verdicts(found) == ["agrees"] * 5 + ["disagrees"]
-
-
-def test_half_the_steps_have_a_schedule_of_their_own(base):
-    runs = {run.name: run.config for run in STUDIES["regime"](base).runs}
+    assert verdicts(study.find(made_up(study, losses))) == ["agrees", "disagrees"]
+    runs = {run.name: run.config for run in study.runs}
     assert runs["vanilla_half_steps"].training.steps * 2 == runs["vanilla"].training.steps
 
 

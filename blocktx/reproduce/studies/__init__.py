@@ -22,6 +22,7 @@ from blocktx.reproduce.study import Study
 # In the order in which `all` makes them: the main findings first.
 STUDIES: dict[str, Callable[[Base], Study]] = {
     "regime": regime.study,
+    "learning_curve": regime.learning_curve,
     "block_length": block_length.study,
     "allocation": allocation.study,
     "position_loss": position_loss.study,
