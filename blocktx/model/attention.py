@@ -15,6 +15,7 @@ from blocktx.ops import (
     attend_splash,
     choose_attention,
     fits_cudnn,
+    fits_products,
     fits_short,
     fits_splash,
     rotary,
@@ -92,7 +93,7 @@ class Attention(nn.Module):
             q_k_v = self.rotated(x_TxD, position_T)
             emulate = chosen.pallas == "interpreted"
             y_TxHxC = attend_cudnn(*q_k_v, mask_TxT[-1].sum(), emulate=emulate)
-        elif self.window and chosen.token_attention == "products":
+        elif self._by_products(positions):
             # Saved, the products would be as many times larger than queries as there are keys.
             among = jax.checkpoint(attend_by_products)
             y_TxHxC = among(*self.rotated(x_TxD, position_T), mask_TxT)
@@ -102,6 +103,10 @@ class Attention(nn.Module):
             among = jax.checkpoint(attend) if chosen.scores == "recomputed" else attend
             y_TxHxC = among(*q_k_v, mask_TxT)
         return self._project_out(y_TxHxC)
+
+    def _by_products(self, positions: int) -> bool:
+        chosen = self.config.formulations.token_attention == "products"
+        return self.window and chosen and fits_products(positions)
 
     def into_cache(
         self,

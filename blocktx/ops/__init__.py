@@ -21,6 +21,7 @@ from blocktx.ops.kernels import (
     attend_short,
     attend_splash,
     fits_cudnn,
+    fits_products,
     fits_short,
     fits_splash,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "choose_attention",
     "cross_entropy_sum",
     "fits_cudnn",
+    "fits_products",
     "fits_short",
     "fits_splash",
     "gelu",

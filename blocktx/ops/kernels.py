@@ -25,6 +25,11 @@ def fits_cudnn(stack: StackConfig, dtype: str) -> bool:
     return dtype == "bfloat16" and stack.head_size % 8 == 0 and stack.head_size <= 128
 
 
+def fits_products(positions: int) -> bool:
+    """Return whether `attend_by_products` is worthwhile: its products use no matrix unit."""
+    return positions <= _MAX_POSITIONS
+
+
 def fits_short(stack: StackConfig, positions: int) -> bool:
     """Return whether `attend_short` applies: few positions, and whole heads in whole tiles."""
     size = stack.head_size

@@ -60,7 +60,8 @@ def test_large_logits_neither_overflow_nor_lose_their_gradient():
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_training_sums_on_tpu_are_those_on_cpu(kind):
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_training_sums_of_platforms_are_those_on_cpu(kind, platform):
     config = MODELS[kind]
     params = random_params(build(config))
     rng = np.random.default_rng(1)
@@ -71,13 +72,13 @@ def test_training_sums_on_tpu_are_those_on_cpu(kind):
 
     @jax.jit
     def gradients(params):
-        def of(platform):
-            model = build(dataclasses.replace(config, platform=platform))
+        def of(name):
+            model = build(dataclasses.replace(config, platform=name))
             return jax.value_and_grad(
                 lambda p: training_sums(model, p, tokens, mask, LossConfig())["loss"]
             )(params)
 
-        return of("cpu"), of("tpu")
+        return of("cpu"), of(platform)
 
     wanted, got = map(jax.tree.leaves, gradients(params))
     for x, y in zip(got, wanted, strict=True):

@@ -1,0 +1,68 @@
+"""Programs of the paper's sizes for an H100 that is not there: arrays, memory and bytes."""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import re
+
+import pytest
+
+from blocktx.benchmark.candidates import with_room
+from blocktx.command_line import read_config
+from blocktx.compile import aot
+from blocktx.compile.aot import compile_decoding, compile_train_step
+from blocktx.compile.topology import find_topology
+from blocktx.config.run import TrainingConfig
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_plugins") is None,
+        reason="the compiler for GPUs comes with JAX's CUDA plugin: pip install 'blocktx[gpu]'",
+    ),
+]
+PAPER = pathlib.Path(__file__).parents[2] / "configs" / "paper.py"
+MIB = 2**20
+# Temporaries of the same step for a v5e: `launch/compile.py --topology=v5e:1x1` with libtpu 0.0.52.
+TPU_MIB = {"block_170m": 6600, "vanilla_160m": 7900}
+ALLOWED = {"block_170m": 1.0, "vanilla_160m": 1.3}
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Texts of the programs that are compiled."""
+    found, text_of = [], aot._text
+
+    def kept(*args):
+        found.append(text_of(*args))
+        return found[-1]
+
+    monkeypatch.setattr(aot, "_text", kept)
+    return found
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_training_step_holds_neither_scores_nor_logits(name, texts):
+    config = read_config(f"{PAPER}:{name}")
+    config = dataclasses.replace(config, training=TrainingConfig(batch_size=8))
+    report = compile_train_step(config, find_topology("h100:1"))
+    (text,) = texts
+    assert 'custom_call_target="__cudnn$fmhaSoftmax"' in text
+    assert 'custom_call_target="__cudnn$fmhaSoftmaxBackward"' in text
+    positions = config.model.blocks
+    assert f"{positions},{positions}]" not in text
+    tokens, vocabulary = 8 * config.model.context_length, config.model.vocab_size
+    for shape in set(re.findall(r"f32\[([\d,]+)\]", text)):
+        dims = [int(dim) for dim in shape.split(",")]
+        assert vocabulary not in dims or math.prod(dims) < tokens * vocabulary / 2, shape
+    assert report.memory["temporaries"] <= ALLOWED[name] * TPU_MIB[name] * MIB
+
+
+@pytest.mark.parametrize("name", ["block_170m"])
+def test_decoding_moves_little_more_than_weights_and_cache(name, texts):
+    config = read_config(f"{PAPER}:{name}")
+    config = dataclasses.replace(config, model=with_room(config.model, 2176))
+    topology = find_topology("h100:1")
+    report = compile_decoding(config, topology, "decode", batch_size=256, context=2176)
+    assert report.bytes_accessed <= 1.5 * report.counted_bytes
