@@ -15,19 +15,10 @@ and for distill.json and distill.png beside this file
 
     python configs/distill.py runs/distill
 
-Held-out loss in nats a token (and bits a byte), GPT-NeoX at half the width of the quick start, on
-one shared CPU core, 2026-11-28; distill.json has the values:
+The source is of Llama type and of the quick start's size. What was measured so far is in
+blocktx/convert/README.md.
 
-    seed                       0              1              2
-    source, 560 steps      4.416 (1.768)  4.395 (1.760)  4.390 (1.758)
-    distilled, 56 steps    4.576 (1.832)  4.561 (1.826)  not measured
-    uptrained, 56 steps    4.691 (1.878)  4.681 (1.874)  not measured
-    scratch, 56 steps      5.962 (2.387)  not measured   not measured
-
-The runs that are not measured were stopped. The sources were trained at commit 0b50943, which drew
-another order of the data than later commits.
-
-Any vanilla run is a teacher for the block model made from it, as START:TEACHER:
+Any vanilla run is a teacher for the block model made from it, as START:TEACHER[:STEPS]:
 
     python launch/convert.py hf --checkpoint=HuggingFaceTB/SmolLM2-135M --output=runs/smollm2
     python launch/convert.py uptrain --from=runs/smollm2 --method=partition --block-length=4 \
@@ -35,8 +26,9 @@ Any vanilla run is a teacher for the block model made from it, as START:TEACHER:
     python launch/train.py --config=configs/distill.py:runs/smollm2-start:runs/smollm2 \
         --workdir=runs/smollm2-block --config.data.source=FILE_OR_FOLDER
 
-These runs take the recipe of the literature for models of this size, which was not tried out here:
-rates of 7e-4 for new parts alone, then 5.6e-5 for these and half of it for copied layers.
+New parts alone are trained in the first fifth of the steps, at a rate of 7e-4; then these at a
+quarter of it, and copied ones at an eighth. No other rates were tried. With --method=all, the new
+layers of the token decoder count as copied.
 """
 
 import dataclasses
