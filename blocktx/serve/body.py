@@ -92,13 +92,12 @@ class Fields:
     def items(self, name: str, check: Callable[[Any], bool], what: str, most: int) -> list[Any]:
         """Return a list of checked items; an item alone is a list of one."""
         value = self.get(name)
-        value = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(map(check, value)) or len(value) > most:
-            count = f"{len(value)} items, " if len(value) > most else ""
-            raise ApiError(
-                f"{name}: got {count}{show(value)}, must be {what}, at most {most}", param=name
-            )
-        return value
+        found = [] if value is None else value if isinstance(value, list) else [value]
+        if len(found) > most:
+            raise ApiError(f"{name}: got {len(found)} items, must be at most {most}", param=name)
+        if not all(map(check, found)):
+            raise ApiError(f"{name}: got {show(value)}, must be {what}", param=name)
+        return found
 
     def refuse(self, unsupported: dict[str, tuple]) -> None:
         """Raise an ApiError for a field that is not supported, unless it has one of some values."""

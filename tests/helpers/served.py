@@ -52,10 +52,11 @@ class Live:
     engine: Engine
     server: Server
     url: str
+    client: httpx.Client  # of any thread; making one takes as long as many requests
 
     def metric(self, name: str) -> float:
         """Return the value of a metric without labels but the model's."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = self.client.get("/metrics").text
         (line,) = [x for x in text.splitlines() if x.startswith(f'{name}{{model_name="tiny"}} ')]
         return float(line.split()[-1])
 
@@ -70,10 +71,11 @@ def serving(engine: Engine, **settings) -> Iterator[Live]:
     thread = threading.Thread(target=lambda: asyncio.run(server.run(listening)))
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    transport = httpx.HTTPTransport(retries=20, verify=False)
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(retries=20)) as client:
-            assert client.get(f"{url}/health").status_code == 200
-        yield Live(engine, server, url)
+        with httpx.Client(base_url=url, timeout=60, transport=transport) as client:
+            assert client.get("/health").status_code == 200
+            yield Live(engine, server, url, client)
     finally:
         server.stop()
         thread.join(60)

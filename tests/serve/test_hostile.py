@@ -42,14 +42,14 @@ def refused(response: httpx.Response, status: int = 400) -> dict:
 )
 def test_bodies_that_are_no_objects(live, body, words):
     for path in POST:
-        error = refused(httpx.post(live.url + path, content=body, timeout=30))
+        error = refused(live.client.post(path, content=body))
         assert words in error["message"]
 
 
 @pytest.mark.parametrize("fields", malformed.FIELDS, ids=lambda fields: show(fields)[:60])
 def test_fields_of_wrong_type_or_range(live, fields):
-    url, content = f"{live.url}/v1/completions", malformed.encode(fields)
-    error = refused(httpx.post(url, content=content, timeout=30))
+    url, content = "/v1/completions", malformed.encode(fields)
+    error = refused(live.client.post(url, content=content))
     name, value = next(iter(fields.items()))
     if "prompt" in fields and name == "n":
         value = 12_800
@@ -60,12 +60,13 @@ def test_fields_of_wrong_type_or_range(live, fields):
         assert " must be " in message or "is not valid Unicode" in message
     else:
         assert "keep prompts to" in message
-    if name != "prompt" and not isinstance(value, list | dict):
-        assert f"got {show(value)[:70]}" in message
+    if name != "prompt":
+        many = isinstance(value, list) and len(value) > 16
+        assert f"got {len(value) if many else show(value)[:70]}" in message
     # Streaming does not begin before a request is accepted.
     if "stream" not in fields and "stream_options" not in fields:
         body = malformed.encode(dict(stream=True) | fields)
-        assert refused(httpx.post(url, content=body, timeout=30)) == error
+        assert refused(live.client.post(url, content=body)) == error
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_fields_of_wrong_type_or_range(live, fields):
     ],
 )
 def test_fields_of_other_routes(live, path, body, param):
-    error = refused(httpx.post(live.url + path, content=json.dumps(body)))
+    error = refused(live.client.post(path, content=json.dumps(body)))
     assert error["param"] == param
     assert param in error["message"]
 
@@ -103,16 +104,15 @@ NAMES += ["messages", "tokens", "top_logprobs", "max_completion_tokens", "tools"
 
 def test_random_fields_never_fail_inside(live):
     rng, seen = random.Random(0), set()
-    with httpx.Client(base_url=live.url, timeout=60) as client:
-        for number in range(400):
-            path = POST[number % 4]
-            body = dict(max_tokens=3, prompt="a", tokens=[1], messages=[dict(role="a")])
-            for name in rng.choices(NAMES, k=rng.choice([1, 1, 1, 2, 5])):
-                body[name] = rng.choice(VALUES)
-            response = client.post(path, content=json.dumps(body))
-            seen.add((path, response.status_code))
-            if response.status_code != 200:
-                refused(response, 404 if "does not exist" in response.text else 400)
+    for number in range(400):
+        path = POST[number % 4]
+        body = dict(max_tokens=3, prompt="a", tokens=[1], messages=[dict(role="a")])
+        for name in rng.choices(NAMES, k=rng.choice([1, 1, 1, 2, 5])):
+            body[name] = rng.choice(VALUES)
+        response = live.client.post(path, content=json.dumps(body))
+        seen.add((path, response.status_code))
+        if response.status_code != 200:
+            refused(response, 404 if "does not exist" in response.text else 400)
     assert {(path, status) for path in POST for status in (200, 400)} <= seen
 
 
@@ -120,14 +120,14 @@ def test_random_fields_never_fail_inside(live):
 def test_other_types_of_bodies(live, value):
     for path in POST:
         content = json.dumps(BODY)
-        response = httpx.post(live.url + path, content=content, headers={"Content-Type": value})
+        response = live.client.post(path, content=content, headers={"Content-Type": value})
         assert "must be application/json" in refused(response, 415)["message"]
     headers = {"Content-Encoding": "gzip"}
-    response = httpx.post(f"{live.url}/tokenize", content=b"{}", headers=headers)
+    response = live.client.post("/tokenize", content=b"{}", headers=headers)
     assert "Content-Encoding: got" in refused(response, 415)["message"]
     for right in ("application/json; charset=utf-8", "Application/JSON"):
         headers = {"Content-Type": right}
-        response = httpx.post(f"{live.url}/tokenize", content=b'{"prompt": ""}', headers=headers)
+        response = live.client.post("/tokenize", content=b'{"prompt": ""}', headers=headers)
         assert response.json()["count"] == 0
 
 
@@ -135,7 +135,7 @@ def test_other_types_of_bodies(live, value):
 def test_other_methods_and_routes(live, method):
     for path in GET + POST:
         allowed = ["GET", "HEAD"] if path in GET else ["POST"]
-        response = httpx.request(method, live.url + path)
+        response = live.client.request(method, live.url + path)
         if method in allowed:
             assert response.status_code == (200 if path in GET else 400)
             continue
@@ -146,8 +146,8 @@ def test_other_methods_and_routes(live, method):
             message = refused(response, 405)["message"]
             assert path in message
             assert allowed[0] in message
-    for path in ("/", "//", "/v1/completions/", "/v1/%ff%00", "/../health", "/" + "a" * 9000):
-        response = httpx.request(method, live.url + path)
+    for path in ("/", "//", "/v1/completions/", "/v1/%ff%00", "/" + "a" * 9000):
+        response = live.client.request(method, live.url + path)
         assert response.status_code == 404
         if method != "HEAD":
             refused(response, 404)
@@ -230,14 +230,14 @@ def test_slow_readers_and_idle_connections_hold_up_nobody(live):
         deadline = time.monotonic() + 60
         while live.metric("vllm:num_requests_running") or live.metric("vllm:num_requests_waiting"):
             assert time.monotonic() < deadline  # rows are free although nothing was read
-        answer = httpx.post(f"{live.url}/v1/completions", json=BODY, timeout=30)
+        answer = live.client.post("/v1/completions", json=BODY)
         assert answer.json()["usage"]["completion_tokens"] == 4
     # The module's server drains afterwards: nothing waits for the clients.
 
 
 def test_unusual_requests_are_right(live):
     def post(**fields):
-        response = httpx.post(f"{live.url}/v1/completions", json=BODY | fields, timeout=30)
+        response = live.client.post("/v1/completions", json=BODY | fields)
         assert response.status_code == 200, response.text
         return response
 
