@@ -141,16 +141,16 @@ def test_llama_type_layers_take_at_most_a_tenth_more_cycles_than_neox():
     def seconds(stack: StackConfig) -> float:
         model = dataclasses.replace(
             BLOCK,
-            vocab_size=8192,
-            context_length=512,
+            vocab_size=2048,
+            context_length=256,
             block_decoder=stack,
             token_decoder=stack,
         )
-        run = RunConfig(model=model, training=TrainingConfig(batch_size=8))
+        run = RunConfig(model=model, training=TrainingConfig(batch_size=16))
         return compile_train_step(run, find_topology("v5e:1x1")).cycle_seconds
 
-    neox = seconds(StackConfig.neox(2, 768, 12))
-    assert seconds(StackConfig.llama(2, 768, 12, mlp_width=2048)) < 1.1 * neox
+    neox = seconds(StackConfig.neox(1, 384, 6))
+    assert seconds(StackConfig.llama(1, 384, 6, mlp_width=1024)) < 1.1 * neox
 
 
 @needs_libtpu
