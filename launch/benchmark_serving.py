@@ -3,7 +3,8 @@
 python launch/benchmark_serving.py --config=configs/paper.py:block_170m --rows=32 --requests=128
 
 Prints tokens per second of
-    equal       one batch whose rows all have the mean prompt and answer length: an upper bound
+    equal       a batch whose rows all have the mean prompt and answer length
+    whole       the same with prompts of the nearest power of two, which `generate` does not pad
     saturated   the requests through `ContinuousDecoder`, as `launch/serve.py` decodes them, from
                 the start until no request waits for a row
     continuous  the same until all have finished, with rows that become idle
@@ -84,6 +85,7 @@ def main() -> None:
         found[f"per_{unit}"] = {
             "tokens": {name: round(value, 1) for name, value in speed.items()},
             "saturated_over_equal": round(speed["saturated"] / speed["equal"], 3),
+            "saturated_over_whole": round(speed["saturated"] / speed["whole"], 3),
             "saturated_over_static": round(speed["saturated"] / speed["static"], 3),
             "continuous_over_static": round(speed["continuous"] / speed["static"], 3),
         }
@@ -110,11 +112,11 @@ def _runs(
         tokens_BxT = np.array([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         return tokens_BxT, np.arange(longest)[::-1] < np.array([[len(p)] for p in prompts])
 
-    # The nearest bucket: the bound has no padding.
-    block = config.block_length
-    whole = bucket(round(0.75 * np.mean([len(p) for p in prompts]) / block), block, config.blocks)
-    mean = round(np.mean(answers))
-    equal_batch = pad([[1] * whole * block] * rows), [mean] * rows
+    block, length = config.block_length, round(np.mean([len(p) for p in prompts]))
+    whole = block * bucket(round(0.75 * length / block), block, config.blocks)
+    equal_batch, whole_batch = (
+        (pad([[1] * size] * rows), [round(np.mean(answers))] * rows) for size in (length, whole)
+    )
     static_batches = [
         (pad(prompts[start : start + rows]), answers[start : start + rows])
         for start in range(0, len(prompts), rows)
@@ -122,7 +124,7 @@ def _runs(
 
     def compile_batches() -> None:
         seen = set()
-        for (tokens_BxT, mask_BxT), budgets in [equal_batch, *static_batches]:
+        for (tokens_BxT, mask_BxT), budgets in [equal_batch, whole_batch, *static_batches]:
             laid_out = layout_prompts(
                 tokens_BxT,
                 mask_BxT,
@@ -175,6 +177,7 @@ def _runs(
 
     return [
         functools.partial(run_batches, "equal", [equal_batch]),
+        functools.partial(run_batches, "whole", [whole_batch]),
         continuous,
         functools.partial(run_batches, "static", static_batches),
     ]
