@@ -5,9 +5,8 @@ python launch/benchmark_serving.py --config=configs/paper.py:block_170m --rows=3
 Prints tokens per second of
     equal       a batch whose rows all have the mean prompt and answer length
     whole       the same with prompts of the nearest power of two, which `generate` does not pad
-    saturated   the requests through `ContinuousDecoder`, as `launch/serve.py` decodes them, from
-                the start until no request waits for a row
-    continuous  the same until all have finished, with rows that become idle
+    continuous  the requests through `ContinuousDecoder`, as `launch/serve.py` decodes them
+    saturated   the same from the first tokens until no request waits for a row
     static      the same requests in batches of --rows, each as long as its longest row
 and the ratios, on a CPU also by CPU seconds, which other processes do not take. Answers have
 geometric lengths, prompts are spread evenly. Weights are random: speed does not depend on them.
@@ -166,13 +165,18 @@ def _runs(
             decoder.request(p, max_new_tokens=n, sampling=greedy, seed_2=seed_words(0, 1)[0])
             for p, n in zip(prompts, answers, strict=True)
         ]
-        found, tokens, waiting, begin = {}, 0, set(requests), _clocks()
+        tokens, waiting, begin, found = 0, set(requests), _clocks(), {}
+        first = None
         for updates in decoder.run(requests):
             tokens += sum(len(update.tokens) for update in updates)
             waiting -= {update.request for update in updates}
             found["continuous"] = tokens, _clocks() - begin
-            if waiting:
-                found["saturated"] = found["continuous"]
+            if first is None:
+                first = found["continuous"]
+            elif waiting:
+                found["saturated"] = tuple(
+                    x - y for x, y in zip(found["continuous"], first, strict=True)
+                )
         return found
 
     return [

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -14,6 +15,9 @@ from blocktx.serve.protocol import Completion
 from blocktx.serve.responses import DONE, Envelope, Logprobs, server_sent_event, usage
 from blocktx.serve.scheduler import Event, Job, Scheduler
 from blocktx.serve.scoring import PromptScorer
+
+
+_log = logging.getLogger("blocktx.serve")
 
 
 class _Choice:
@@ -29,7 +33,8 @@ class _Choice:
         self.finish_reason = event.finish_reason
         if self._logprobs is None:
             return text, None
-        tokens, logprobs, top = list(event.tokens), list(event.logprobs), list(event.top)
+        tokens, logprobs = list(event.tokens), list(event.logprobs)
+        top = list(event.top) or [[] for _ in tokens]  # none if only drawn tokens are scored
         if event.score is not None:  # of the prompt, before its continuation
             tokens = [*self.job.prompt, *tokens]
             logprobs = [None, *event.score.logprobs, *logprobs]
@@ -253,6 +258,10 @@ class Handlers:
             else:
                 if completion.include_usage:
                     yield server_sent_event(envelope.wrap([], _usage(completion, choices)))
+            yield DONE
+        except Exception as error:  # the status is sent already
+            _log.error("a stream failed", exc_info=error)
+            yield server_sent_event(ApiError("internal error", status=500).body)
             yield DONE
         finally:
             self._scheduler.cancel([choice.job for choice in choices])

@@ -263,5 +263,16 @@ def test_unusual_requests_are_right(live):
             counts[choice["index"]] += len(choice["logprobs"]["tokens"])
     assert [text[:5] for text in texts[2:]] == ["block"] * 2
     assert texts[0] == texts[1] == "the" + post(prompt="the").json()["choices"][0]["text"]
+    for top in range(6):
+        for echo in (False, True):
+            (choice,) = post(logprobs=top, echo=echo).json()["choices"]
+            assert choice["text"].endswith(text)
+            for listed in choice["logprobs"]["top_logprobs"][echo:]:
+                assert max(top, 1) <= len(listed) <= top + 1
+    for top in ({}, dict(top_logprobs=0), dict(top_logprobs=2)):
+        body = dict(messages=[dict(role="a", content="b")], max_tokens=3, logprobs=True) | top
+        (choice,) = live.client.post("/v1/chat/completions", json=body).json()["choices"]
+        for entry in choice["logprobs"]["content"]:
+            assert len(entry["top_logprobs"]) == top.get("top_logprobs", 0)
     encode = live.engine.tokenizer.encode
     assert counts == [4 + len(encode("the"))] * 2 + [4 + len(encode("block"))] * 2
