@@ -16,7 +16,6 @@ from blocktx.serve.responses import DONE, Envelope, Logprobs, server_sent_event,
 from blocktx.serve.scheduler import Event, Job, Scheduler
 from blocktx.serve.scoring import PromptScorer
 
-
 _log = logging.getLogger("blocktx.serve")
 
 
