@@ -14,7 +14,7 @@ from blocktx.serve.errors import ApiError
 from blocktx.serve.protocol import Completion
 from blocktx.serve.responses import DONE, Envelope, Logprobs, server_sent_event, usage
 from blocktx.serve.scheduler import Event, Job, Scheduler
-from blocktx.serve.scoring import PromptScorer
+from blocktx.serve.scoring import PromptScore, PromptScorer
 
 _log = logging.getLogger("blocktx.serve")
 
@@ -28,16 +28,17 @@ class _Choice:
 
     def add(self, event: Event) -> tuple[str, dict[str, Any] | None]:
         """Return the new text and its log-probabilities."""
-        text, self._echo = (self._echo or "") + event.text, None
+        echoed, text, self._echo = self._echo is not None, (self._echo or "") + event.text, None
         self.finish_reason = event.finish_reason
         if self._logprobs is None:
             return text, None
         tokens, logprobs = list(event.tokens), list(event.logprobs)
         top = list(event.top) or [[] for _ in tokens]  # none if only drawn tokens are scored
-        if event.score is not None:  # of the prompt, before its continuation
+        if echoed:  # a prompt of one token has no score: its first token is not predicted
+            score = event.score or PromptScore([], [])
             tokens = [*self.job.prompt, *tokens]
-            logprobs = [None, *event.score.logprobs, *logprobs]
-            top = [None, *event.score.top, *top]
+            logprobs = [None, *score.logprobs, *logprobs]
+            top = [None, *score.top, *top]
         return text, self._logprobs.format(tokens, logprobs, top)
 
 
