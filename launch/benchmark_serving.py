@@ -3,10 +3,10 @@
 python launch/benchmark_serving.py --config=configs/paper.py:block_170m --rows=32 --requests=128
 
 Prints tokens per second of
-    equal       one batch whose rows all have the mean prompt and answer length: an upper bound
-    saturated   the requests through `ContinuousDecoder`, as `launch/serve.py` decodes them, from
-                the start until no request waits for a row
-    continuous  the same until all have finished, with rows that become idle
+    equal       a batch whose rows all have the mean prompt and answer length
+    whole       the same with prompts of the nearest power of two, which `generate` does not pad
+    continuous  the requests through `ContinuousDecoder`, as `launch/serve.py` decodes them
+    saturated   the same from the first tokens until no request waits for a row
     static      the same requests in batches of --rows, each as long as its longest row
 and the ratios, on a CPU also by CPU seconds, which other processes do not take. Answers have
 geometric lengths, prompts are spread evenly. Weights are random: speed does not depend on them.
@@ -84,6 +84,7 @@ def main() -> None:
         found[f"per_{unit}"] = {
             "tokens": {name: round(value, 1) for name, value in speed.items()},
             "saturated_over_equal": round(speed["saturated"] / speed["equal"], 3),
+            "saturated_over_whole": round(speed["saturated"] / speed["whole"], 3),
             "saturated_over_static": round(speed["saturated"] / speed["static"], 3),
             "continuous_over_static": round(speed["continuous"] / speed["static"], 3),
         }
@@ -110,11 +111,11 @@ def _runs(
         tokens_BxT = np.array([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         return tokens_BxT, np.arange(longest)[::-1] < np.array([[len(p)] for p in prompts])
 
-    # The nearest bucket: the bound has no padding.
-    block = config.block_length
-    whole = bucket(round(0.75 * np.mean([len(p) for p in prompts]) / block), block, config.blocks)
-    mean = round(np.mean(answers))
-    equal_batch = pad([[1] * whole * block] * rows), [mean] * rows
+    block, length = config.block_length, round(np.mean([len(p) for p in prompts]))
+    whole = block * bucket(round(0.75 * length / block), block, config.blocks)
+    equal_batch, whole_batch = (
+        (pad([[1] * size] * rows), [round(np.mean(answers))] * rows) for size in (length, whole)
+    )
     static_batches = [
         (pad(prompts[start : start + rows]), answers[start : start + rows])
         for start in range(0, len(prompts), rows)
@@ -122,7 +123,7 @@ def _runs(
 
     def compile_batches() -> None:
         seen = set()
-        for (tokens_BxT, mask_BxT), budgets in [equal_batch, *static_batches]:
+        for (tokens_BxT, mask_BxT), budgets in [equal_batch, whole_batch, *static_batches]:
             laid_out = layout_prompts(
                 tokens_BxT,
                 mask_BxT,
@@ -164,17 +165,23 @@ def _runs(
             decoder.request(p, max_new_tokens=n, sampling=greedy, seed_2=seed_words(0, 1)[0])
             for p, n in zip(prompts, answers, strict=True)
         ]
-        found, tokens, waiting, begin = {}, 0, set(requests), _clocks()
+        tokens, waiting, begin, found = 0, set(requests), _clocks(), {}
+        first = None
         for updates in decoder.run(requests):
             tokens += sum(len(update.tokens) for update in updates)
             waiting -= {update.request for update in updates}
             found["continuous"] = tokens, _clocks() - begin
-            if waiting:
-                found["saturated"] = found["continuous"]
+            if first is None:
+                first = found["continuous"]
+            elif waiting:
+                found["saturated"] = tuple(
+                    x - y for x, y in zip(found["continuous"], first, strict=True)
+                )
         return found
 
     return [
         functools.partial(run_batches, "equal", [equal_batch]),
+        functools.partial(run_batches, "whole", [whole_batch]),
         continuous,
         functools.partial(run_batches, "static", static_batches),
     ]

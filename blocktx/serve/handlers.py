@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,7 +14,9 @@ from blocktx.serve.errors import ApiError
 from blocktx.serve.protocol import Completion
 from blocktx.serve.responses import DONE, Envelope, Logprobs, server_sent_event, usage
 from blocktx.serve.scheduler import Event, Job, Scheduler
-from blocktx.serve.scoring import PromptScorer
+from blocktx.serve.scoring import PromptScore, PromptScorer
+
+_log = logging.getLogger("blocktx.serve")
 
 
 class _Choice:
@@ -25,15 +28,17 @@ class _Choice:
 
     def add(self, event: Event) -> tuple[str, dict[str, Any] | None]:
         """Return the new text and its log-probabilities."""
-        text, self._echo = (self._echo or "") + event.text, None
+        echoed, text, self._echo = self._echo is not None, (self._echo or "") + event.text, None
         self.finish_reason = event.finish_reason
         if self._logprobs is None:
             return text, None
-        tokens, logprobs, top = list(event.tokens), list(event.logprobs), list(event.top)
-        if event.score is not None:  # of the prompt, before its continuation
+        tokens, logprobs = list(event.tokens), list(event.logprobs)
+        top = list(event.top) or [[] for _ in tokens]  # none if only drawn tokens are scored
+        if echoed:  # a prompt of one token has no score: its first token is not predicted
+            score = event.score or PromptScore([], [])
             tokens = [*self.job.prompt, *tokens]
-            logprobs = [None, *event.score.logprobs, *logprobs]
-            top = [None, *event.score.top, *top]
+            logprobs = [None, *score.logprobs, *logprobs]
+            top = [None, *score.top, *top]
         return text, self._logprobs.format(tokens, logprobs, top)
 
 
@@ -253,6 +258,10 @@ class Handlers:
             else:
                 if completion.include_usage:
                     yield server_sent_event(envelope.wrap([], _usage(completion, choices)))
+            yield DONE
+        except Exception as error:  # the status is sent already
+            _log.error("a stream failed", exc_info=error)
+            yield server_sent_event(ApiError("internal error", status=500).body)
             yield DONE
         finally:
             self._scheduler.cancel([choice.job for choice in choices])

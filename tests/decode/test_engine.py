@@ -299,7 +299,7 @@ def test_a_thousand_prompts_share_rows_programs_and_a_progress_bar(engine, monke
     with compilations() as compiled:
         many = generate(1000)
     assert not compiled
-    assert bars == [(1000, 1000, "generating: ")]
+    assert set(bars) == {(1000, 1000, "generating")}
     assert [g.tokens for g in many[:20]] == [g.tokens for g in few]
     # A block more than the budget's where a budget begins or ends inside a block.
     assert sum(blocks) <= sum(-(-budget // 4) + 1 for budget in budgets) / 8 + 5

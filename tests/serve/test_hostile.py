@@ -61,8 +61,9 @@ def test_fields_of_wrong_type_or_range(live, fields):
     else:
         assert "keep prompts to" in message
     if name != "prompt":
-        many = isinstance(value, list) and len(value) > 16
-        assert f"got {len(value) if many else show(value)[:70]}" in message
+        items = value if isinstance(value, list) else []
+        shown = [len(items), show(value)[:70], *map(show, items[:1])]
+        assert any(f"got {one}" in message for one in shown)
     # Streaming does not begin before a request is accepted.
     if "stream" not in fields and "stream_options" not in fields:
         body = malformed.encode(dict(stream=True) | fields)
@@ -237,7 +238,7 @@ def test_slow_readers_and_idle_connections_hold_up_nobody(live):
 
 def test_unusual_requests_are_right(live):
     def post(**fields):
-        response = live.client.post("/v1/completions", json=BODY | fields)
+        response = live.client.post("/v1/completions", content=json.dumps(BODY | fields))
         assert response.status_code == 200, response.text
         return response
 
@@ -262,5 +263,16 @@ def test_unusual_requests_are_right(live):
             counts[choice["index"]] += len(choice["logprobs"]["tokens"])
     assert [text[:5] for text in texts[2:]] == ["block"] * 2
     assert texts[0] == texts[1] == "the" + post(prompt="the").json()["choices"][0]["text"]
+    for top in range(6):
+        for echo in (False, True):
+            (choice,) = post(logprobs=top, echo=echo).json()["choices"]
+            assert choice["text"].endswith(text)
+            for listed in choice["logprobs"]["top_logprobs"][echo:]:
+                assert max(top, 1) <= len(listed) <= top + 1
+    for top in ({}, dict(top_logprobs=0), dict(top_logprobs=2)):
+        body = dict(messages=[dict(role="a", content="b")], max_tokens=3, logprobs=True) | top
+        (choice,) = live.client.post("/v1/chat/completions", json=body).json()["choices"]
+        for entry in choice["logprobs"]["content"]:
+            assert len(entry["top_logprobs"]) == top.get("top_logprobs", 0)
     encode = live.engine.tokenizer.encode
     assert counts == [4 + len(encode("the"))] * 2 + [4 + len(encode("block"))] * 2

@@ -12,7 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from blocktx.decode.request import Request
+from blocktx.decode.stream import Continuation
 from blocktx.evaluate.scoring import score
+from blocktx.serve.scheduler import Job
 from blocktx.serve.scoring import PromptScorer
 from tests.helpers import malformed, served
 
@@ -233,7 +236,8 @@ def test_nothing_leaks_whatever_clients_do(live, expected, count):
 
     def resources():
         gc.collect()
-        return threading.active_count(), len(jax.live_arrays())
+        requests = sum(isinstance(x, Job | Request | Continuation) for x in gc.get_objects())
+        return threading.active_count(), len(jax.live_arrays()), requests
 
     async def main(client):
         async def one(number):
@@ -262,16 +266,20 @@ def test_nothing_leaks_whatever_clients_do(live, expected, count):
 
         await asyncio.gather(*(one(number) for number in range(count)))
 
-    run(main)  # threads and buffers that are made once
-    compiled, before = live.metric("blocktx:compilations_total"), resources()
-    run(main)
-    deadline = time.monotonic() + 10
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "blocktx:slots_used")
-    while any(live.metric(name) for name in names) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert [live.metric(name) for name in names] == [0, 0, 0]
+
+    def run_until_idle():
+        run(main)
+        deadline = time.monotonic() + 60
+        while any(live.metric(name) for name in names) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert [live.metric(name) for name in names] == [0, 0, 0]
+
+    run_until_idle()  # threads and buffers that are made once
+    compiled, before = live.metric("blocktx:compilations_total"), resources()
+    run_until_idle()
     assert live.metric("blocktx:compilations_total") == compiled
-    assert resources() == before
+    assert resources() == before == (*before[:2], 0)
     assert httpx.get(f"{live.url}/health").status_code == 200
 
 
