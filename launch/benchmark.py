@@ -62,7 +62,10 @@ _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Of parameters, cache and computation; None: as in it."
 )
 _QUANTIZE = flags.DEFINE_enum(
-    "quantize", None, QUANTIZATIONS, "Keep the kernels as integers, in place of --dtype."
+    "quantize",
+    None,
+    QUANTIZATIONS,
+    "Keep the kernels as integers. The roofline stays that of --dtype.",
 )
 _JSON = flags.DEFINE_string("json", None, "A file to write the results to.")
 _PLOT = flags.DEFINE_string(

@@ -34,6 +34,7 @@ _TINY_SMALL = BlockConfig(
     vocab_size=50, context_length=32, block_decoder=_TINY_STACK, token_decoder=_TINY_STACK
 )
 _TINY_SIZES = Sizes(
+    formulations=("token_attention", "norm", "loss", "token_cached_attention"),
     matrix=256,
     copied_bytes=2**20,
     batch_size=2,

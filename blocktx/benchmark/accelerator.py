@@ -39,6 +39,7 @@ _NO_CHOICE = ("sampler", "pallas", "prefill_positions", "loss_tokens")
 class Sizes:
     """Sizes of the checks."""
 
+    formulations: tuple[str, ...] = ()  # fields to compare; none: all
     matrix: int = 8192  # rows and columns
     copied_bytes: int = 2**30
     batch_size: int = 8  # of the training step
@@ -67,7 +68,7 @@ def check_accelerator(
     """
     sections: dict[str, Callable[[], Any]] = {
         "peaks": lambda: _peaks(small.compute_dtype, sizes),
-        "formulations": lambda: list(_formulations(small)),
+        "formulations": lambda: list(_formulations(small, sizes)),
         "training": lambda: _training(config, sizes),
         "decoding": lambda: _decoding(config.model, sizes),
         "benchmark": lambda: _benchmark(config.model, sizes),
@@ -135,7 +136,7 @@ def choices() -> Iterator[tuple[str, str]]:
                 yield field, value
 
 
-def _formulations(config: BlockConfig) -> Iterator[dict[str, Any]]:
+def _formulations(config: BlockConfig, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Compare loss and gradient, or logits of decoding steps, with the plain formulations.
 
     The reference is the plain one in float32 with exact products. A formulation may differ from it
@@ -147,6 +148,8 @@ def _formulations(config: BlockConfig) -> Iterator[dict[str, Any]]:
         reference = {kind: run(exact, params) for kind, run in _RUNS.items()}
     plain = {kind: run(_with(config, Formulations.plain()), params) for kind, run in _RUNS.items()}
     for field, value in choices():
+        if sizes.formulations and field not in sizes.formulations:
+            continue
         kind = "decoding" if field in _DECODING else "training"
         chosen = dataclasses.replace(Formulations.plain(), **{field: value})
         result = {"field": field, "value": value, "error": None, "ok": False, "message": ""}

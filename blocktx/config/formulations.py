@@ -29,7 +29,7 @@ class Formulations:
       scores: of plain self-attention. recomputed: for its gradient, instead of saved.
       norm: lean: the gradient saves only the input.
       loss: logits: from the logits of all tokens. fused: its gradient is formed beside the logits,
-        a chunk of tokens at a time.
+        a chunk of tokens at a time. scattered: fused, with a scatter for the labels.
       narrow_layers: stacks of width below 1024. unrolled: no loop over layers.
       kernels: weights of a wider dtype than the computation's. cast_first: once, before products.
       sampler: chunked: argmax and categorical draws by sums of chunks.
@@ -47,7 +47,7 @@ class Formulations:
     cached_rotary: Literal["auto", "by_head", "product"] = "auto"
     scores: Literal["auto", "saved", "recomputed"] = "auto"
     norm: Literal["auto", "plain", "lean"] = "auto"
-    loss: Literal["auto", "logits", "fused"] = "auto"
+    loss: Literal["auto", "logits", "fused", "scattered"] = "auto"
     narrow_layers: Literal["auto", "loop", "unrolled"] = "auto"
     kernels: Literal["auto", "cast_in_product", "cast_first"] = "auto"
     sampler: Literal["auto", "plain", "chunked"] = "auto"
@@ -100,7 +100,7 @@ _GPU = _PLAIN | dict(
     cached_attention="products",
     token_cached_attention="products",
     norm="lean",
-    loss="fused",
+    loss="scattered",
     narrow_layers="unrolled",
     prefill_positions=16_384,
 )

@@ -237,7 +237,9 @@ def load(
         would otherwise be gathered for every token.
       quantize: "int8": keep kernels as 8-bit integers with a scale for each output channel, which
         takes half the memory of bfloat16. The loss changes little; measure it with
-        `launch/evaluate.py --quantize=int8`.
+        `launch/evaluate.py --quantize=int8`. On a TPU the weights are read as integers. Where
+        products are a library's, as cuBLAS's, XLA first writes the weights in the compute dtype:
+        that saves memory and no time.
 
     Raises:
       FileNotFoundError: there is no checkpoint at `path`, or no tokenizer beside it.

@@ -17,13 +17,14 @@ from blocktx.parallel import batch_parts, constrain
 _ROWS = 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy_sum(
     hidden_BxMxKxE: jax.Array,
     kernel_ExV: jax.Array,
     labels_BxMxK: jax.Array,
     scored_BxMxK: jax.Array,
     chunk: int,
+    scatter: bool = False,
 ) -> jax.Array:
     """Return the sum of the cross-entropies of the scored tokens, float32, in nats.
 
@@ -33,11 +34,14 @@ def cross_entropy_sum(
       labels_BxMxK: int tokens.
       scored_BxMxK: bool, True for tokens that count.
       chunk: tokens of a device whose logits exist at the same time.
+      scatter: whether the labels' part of the classifier's gradient is a scatter of hidden states.
+        That saves a copy of the probabilities without the labels. On a TPU a scatter takes longer.
     """
-    return _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK, chunk)[0]
+    arrays = hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK
+    return _with_gradients(*arrays, chunk, scatter)[0]
 
 
-def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK, chunk):
+def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK, chunk, scatter):
     rows, blocks, positions, width = hidden_BxMxKxE.shape
     mesh = jax.sharding.get_abstract_mesh()
     rows_here = rows if mesh.empty else max(rows // batch_parts(mesh), 1)
@@ -59,15 +63,23 @@ def _with_gradients(hidden_BxMxKxE, kernel_ExV, labels_BxMxK, scored_BxMxK, chun
             kernel_VxE,
             tokens(labels_BxMxK, begin),
             tokens(scored_BxMxK, begin),
+            scatter,
         )
         nats += part_nats
         dkernel_ExV += part_dkernel_ExV
         dhidden.append(dx_BxTxE.reshape(rows, positions, -1, width).swapaxes(1, 2))
+    if scatter:
+        hits_BxMxKxE = hidden_BxMxKxE * scored_BxMxK[..., None]
+        hits_VxE = jnp.zeros(kernel_VxE.shape, jnp.float32).at[labels_BxMxK].add(hits_BxMxKxE)
+        dkernel_ExV -= hits_VxE.T
     return nats, (jnp.concatenate(dhidden, axis=1), dkernel_ExV.astype(kernel_ExV.dtype))
 
 
-def _chunk(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
-    """Return the loss of some tokens, and its gradients by their `x_BxMxE` and by the kernel."""
+def _chunk(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM, scatter):
+    """Return the loss of some tokens, and its gradients by their `x_BxMxE` and by the kernel.
+
+    With `scatter` the latter lacks the labels' part.
+    """
     dtype, (vocabulary, width) = x_BxMxE.dtype, kernel_VxE.shape
     logits_BxMxV = jnp.einsum(
         "bme,ve->bmv", x_BxMxE, kernel_VxE, preferred_element_type=jnp.float32
@@ -93,21 +105,22 @@ def _chunk(x_BxMxE, kernel_VxE, labels_BxM, scored_BxM):
     scored_BxMx1 = scored_BxM[..., None].astype(jnp.float32)
     share_BxMx1 = scored_BxMx1 / total_BxMx1
     dx_BxMxE = sums[..., :width] * share_BxMx1 - label_BxMxE * scored_BxMx1
-    is_label_BxMxV = jnp.arange(vocabulary) == labels_BxM[..., None]
-    less_label_BxMxV = jnp.where(
-        is_label_BxMxV, (powers_BxMxV - total_BxMx1).astype(dtype), powers_BxMxV
-    )
+    if not scatter:
+        is_label_BxMxV = jnp.arange(vocabulary) == labels_BxM[..., None]
+        powers_BxMxV = jnp.where(
+            is_label_BxMxV, (powers_BxMxV - total_BxMx1).astype(dtype), powers_BxMxV
+        )
     dkernel_ExV = jnp.einsum(
         "bme,bmv->ev",
         (x_BxMxE * share_BxMx1).astype(dtype),
-        less_label_BxMxV,
+        powers_BxMxV,
         preferred_element_type=jnp.float32,
     )
     return jnp.where(scored_BxM, nats_BxM, 0).sum(), dx_BxMxE.astype(dtype), dkernel_ExV
 
 
-def _backward(chunk, gradients, g):
-    del chunk
+def _backward(chunk, scatter, gradients, g):
+    del chunk, scatter
     dhidden, dkernel = gradients
     return (dhidden * g).astype(dhidden.dtype), (dkernel * g).astype(dkernel.dtype), None, None
 

@@ -47,7 +47,7 @@ def training_sums(
     """
     if config.weights and model.config.kind == "vanilla":
         raise UserError(f"loss: {', '.join(config.weights)} is for block models only; turn it off")
-    fused = model.formulations.loss == "fused"
+    fused = model.formulations.loss != "logits"
     if not config.weights and not fused:
         return {"loss": loss_by_position(model, params, tokens_BxNxK, mask_BxNxK)[0].sum()}
     mask_BxNxK = mask_BxNxK.astype(bool)
@@ -116,6 +116,7 @@ def _fused_nats(
         jnp.roll(tokens_BxNxK, -1, axis=1),
         jnp.pad(scored_BxMxK, ((0, 0), (0, 1), (0, 0))),
         model.formulations.loss_tokens,
+        model.formulations.loss == "scattered",
     )
 
 

