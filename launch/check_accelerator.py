@@ -31,7 +31,7 @@ _SMALL = BlockConfig(
 )
 _TINY_STACK = StackConfig(layers=1, width=64, heads=2)
 _TINY_SMALL = BlockConfig(
-    vocab_size=50, context_length=32, block_decoder=_TINY_STACK, token_decoder=_TINY_STACK
+    vocab_size=50, context_length=128, block_decoder=_TINY_STACK, token_decoder=_TINY_STACK
 )
 _TINY_SIZES = Sizes(
     formulations=("token_attention", "norm", "loss", "token_cached_attention"),

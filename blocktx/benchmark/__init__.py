@@ -5,6 +5,7 @@ machine.py     measured peaks of the machine
 measure.py     measured throughput, latency and memory
 report.py      tables and plots
 accelerator.py         checks of one accelerator: correctness and speed
+accelerator_formulations.py  formulations compared with the plain ones
 accelerator_report.py  their page
 """
 

@@ -10,29 +10,26 @@ import importlib.metadata
 import platform
 import time
 import traceback
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blocktx.benchmark.accelerator_formulations import compare_formulations, random_batch
 from blocktx.benchmark.candidates import Candidate, equal_vanilla, random_model, with_room
 from blocktx.benchmark.machine import measure_machine
 from blocktx.benchmark.measure import measure
 from blocktx.chips import find_chip
-from blocktx.config import BlockConfig, Formulations, LossConfig, ModelConfig, RunConfig
+from blocktx.config import BlockConfig, RunConfig
 from blocktx.cost import train_step as train_step_cost
 from blocktx.decode import generate
-from blocktx.model import Model, build, for_decoding, init_params, next_logits
+from blocktx.model import Model, build, init_params, next_logits
 from blocktx.parallel import create_mesh
 
 _PACKAGES = ("jax", "jaxlib", "flax", "blocktx", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 _LIBRARIES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cublas", "nvidia-nccl-cu13")
-_ONLY_ON = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
-_DECODING = ("cached_attention", "token_cached_attention", "cached_rotary")
-_NO_CHOICE = ("sampler", "pallas", "prefill_positions", "loss_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,7 @@ def check_accelerator(
     """
     sections: dict[str, Callable[[], Any]] = {
         "peaks": lambda: _peaks(small.compute_dtype, sizes),
-        "formulations": lambda: list(_formulations(small, sizes)),
+        "formulations": lambda: list(compare_formulations(small, sizes.formulations)),
         "training": lambda: _training(config, sizes),
         "decoding": lambda: _decoding(config.model, sizes),
         "benchmark": lambda: _benchmark(config.model, sizes),
@@ -125,121 +122,6 @@ def _peaks(dtype: str, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def choices() -> Iterator[tuple[str, str]]:
-    """Yield every formulation that this platform can run but the plain ones, by field."""
-    for field, hint in typing.get_type_hints(Formulations).items():
-        if field in _NO_CHOICE:
-            continue
-        for value in typing.get_args(hint):
-            here = _ONLY_ON.get(value, jax.default_backend()) == jax.default_backend()
-            if here and value not in ("auto", getattr(Formulations.plain(), field)):
-                yield field, value
-
-
-def _formulations(config: BlockConfig, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Compare loss and gradient, or logits of decoding steps, with the plain formulations.
-
-    The reference is the plain one in float32 with exact products. A formulation may differ from it
-    twice as much as the plain one in the dtype of `config` does.
-    """
-    exact = _with(config, Formulations.plain(), "float32")
-    params = init_params(build(exact), jax.random.key(0))
-    with jax.default_matmul_precision("highest"):
-        reference = {kind: run(exact, params) for kind, run in _RUNS.items()}
-    plain = {kind: run(_with(config, Formulations.plain()), params) for kind, run in _RUNS.items()}
-    for field, value in choices():
-        if sizes.formulations and field not in sizes.formulations:
-            continue
-        kind = "decoding" if field in _DECODING else "training"
-        chosen = dataclasses.replace(Formulations.plain(), **{field: value})
-        result = {"field": field, "value": value, "error": None, "ok": False, "message": ""}
-        allowed = _distances(plain[kind], reference[kind])
-        try:
-            got = _distances(_RUNS[kind](_with(config, chosen), params), reference[kind])
-        except Exception as error:
-            result["message"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        else:
-            result |= {"error": got, "plain_error": allowed}
-            result["ok"] = all(x <= 2 * y + 1e-4 for x, y in zip(got, allowed, strict=True))
-        yield result
-
-
-def _with(config: BlockConfig, formulations: Formulations, dtype: str | None = None) -> BlockConfig:
-    dtype = dtype or config.compute_dtype
-    return dataclasses.replace(config, formulations=formulations, compute_dtype=dtype)
-
-
-def _gradient(config: BlockConfig, params: dict[str, Any]) -> list[np.ndarray]:
-    """Return the loss, and its gradient as one vector."""
-    from blocktx.train import training_sums  # heavy, and for these checks alone
-
-    model = build(config)
-    batch = _batch(config, 2)
-
-    @jax.jit
-    def run(params: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        def loss(params: dict[str, Any]) -> jax.Array:
-            tokens, mask = batch["tokens"], batch["mask"]
-            return training_sums(model, params, tokens, mask, LossConfig())["loss"]
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        return value[None], jnp.concatenate([x.ravel() for x in jax.tree.leaves(gradient)])
-
-    return [np.asarray(x) for x in run(params)]
-
-
-def _steps(config: BlockConfig, params: dict[str, Any]) -> list[np.ndarray]:
-    """Return the logits of a block by a prefill, a block step and token steps on given tokens."""
-    model, separate = for_decoding(build(config), params)
-    tokens_BxNxK = _batch(config, 4)["tokens"]
-    rows, blocks, length = tokens_BxNxK.shape
-
-    @jax.jit
-    def run(params: dict[str, Any]) -> jax.Array:
-        def apply(method: str, *args: Any) -> Any:
-            return model.apply({"params": params}, *args, method=method)
-
-        def extend(begin: int, end: int, cache: Any, seen_BxS: jax.Array | None) -> Any:
-            part = tokens_BxNxK[:, begin:end]
-            start_B = jnp.full(rows, begin)
-            return apply("extend", part, np.ones_like(part), start_B, cache, begin, seen_BxS)
-
-        last = blocks - 2
-        _, cache = extend(0, last, model.create_cache(rows, blocks), None)
-        seen_BxS = jnp.broadcast_to(jnp.arange(blocks) < last, (rows, blocks))
-        context, _ = extend(last, last + 1, cache, seen_BxS)
-        logits, cache = apply("start_block", context[:, 0], model.create_token_cache(rows))
-        out = [logits]
-        for index in range(length - 1):
-            token_B = tokens_BxNxK[:, -1, index]
-            logits, cache = apply("step_token", token_B, jnp.int32(index), cache)
-            out.append(logits)
-        return jnp.stack(out)
-
-    return [np.asarray(run(separate))]
-
-
-_RUNS = {"training": _gradient, "decoding": _steps}
-
-
-def _distances(got: list[np.ndarray], wanted: list[np.ndarray]) -> list[float]:
-    """Return the relative distance of each array."""
-
-    def distance(x: np.ndarray, y: np.ndarray) -> float:
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        return float(np.linalg.norm(x - y) / np.linalg.norm(y))
-
-    return [distance(x, y) for x, y in zip(got, wanted, strict=True)]
-
-
-def _batch(config: ModelConfig, rows: int) -> dict[str, np.ndarray]:
-    shape = (rows, config.blocks, config.block_length)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
-    mask = np.ones(shape, bool)
-    mask[0, -1] = False
-    return {"tokens": tokens.astype(np.int32), "mask": mask}
-
-
 def _training(config: RunConfig, sizes: Sizes) -> dict[str, Any]:
     """Train on one batch; its loss must fall."""
     from blocktx.train import create_state, train_step
@@ -247,7 +129,7 @@ def _training(config: RunConfig, sizes: Sizes) -> dict[str, Any]:
     training = dataclasses.replace(config.training, batch_size=sizes.batch_size)
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
     config = dataclasses.replace(config, training=training, optimizer=optimizer)
-    batch, losses, seconds = _batch(config.model, sizes.batch_size), [], []
+    batch, losses, seconds = random_batch(config.model, sizes.batch_size), [], []
     with jax.set_mesh(create_mesh(config.mesh, jax.devices()[:1])):
         model = build(config.model)
         state = create_state(config, model)
@@ -280,7 +162,7 @@ def _decoding(config: BlockConfig, sizes: Sizes) -> dict[str, Any]:
     model = build(config)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     rows, length = sizes.rows, config.block_length
-    prompts = _batch(config, rows)["tokens"].reshape(rows, -1)[:, : sizes.prompt_tokens]
+    prompts = random_batch(config, rows)["tokens"].reshape(rows, -1)[:, : sizes.prompt_tokens]
     options = dict(max_new_tokens=sizes.new_tokens, temperature=0, return_logprobs=True)
     tokens, logprobs = generate(model, params, prompts, np.ones_like(prompts), **options)
     tokens_BxNxK = np.concatenate([prompts, tokens], axis=1).reshape(rows, -1, length)

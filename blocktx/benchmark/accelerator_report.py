@@ -36,7 +36,7 @@ def _peaks(peaks: dict[str, Any]) -> list[str]:
         "| | measured | of the published peak |",
         "|---|---|---|",
         row(f"matrix products, {peaks['dtype']}", "flops_per_second", "TFLOP/s"),
-        row("copies", "bytes_per_second", "TB/s"),
+        row("reads of memory", "bytes_per_second", "TB/s"),
     ]
 
 
