@@ -6,7 +6,7 @@ Arrays in, arrays out: no Flax, no parameters.
     rotary.py           rotary position embeddings
     gelu.py             exact GELU
     attention.py        attention, plain and over a cache
-    kernels.py          when the kernels below apply; they import Pallas on first use
+    attention_kernels.py  when the kernels below apply; they import Pallas on first use
     short_attention.py  attention within a block, Pallas kernel for TPU
     short_attention_kernels.py  the bodies of its kernels
     flash_attention.py  attention over long sequences, splash attention for TPU
@@ -14,9 +14,7 @@ Arrays in, arrays out: no Flax, no parameters.
 """
 
 from blocktx.ops.attention import attend, attend_by_products, choose_attention, repeat_heads
-from blocktx.ops.cross_entropy import cross_entropy_sum
-from blocktx.ops.gelu import gelu
-from blocktx.ops.kernels import (
+from blocktx.ops.attention_kernels import (
     attend_cudnn,
     attend_short,
     attend_splash,
@@ -25,6 +23,8 @@ from blocktx.ops.kernels import (
     fits_short,
     fits_splash,
 )
+from blocktx.ops.cross_entropy import cross_entropy_sum
+from blocktx.ops.gelu import gelu
 from blocktx.ops.norm import normalize
 from blocktx.ops.rotary import rotary, rotary_by_head, rotary_by_product
 

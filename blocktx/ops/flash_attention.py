@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
-from blocktx.ops.kernels import SPLASH_TILE
+from blocktx.ops.attention_kernels import SPLASH_TILE
 
 
 def flash_attention(

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from blocktx.config import StackConfig
-from blocktx.ops.kernels import LANES
+from blocktx.ops.attention_kernels import LANES
 from blocktx.ops.rotary import attention_factor
 
 CHUNK = 16  # blocks computed at a time: a tile of bfloat16

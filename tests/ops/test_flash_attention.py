@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from blocktx.ops.attention import attend
+from blocktx.ops.attention_kernels import fits_splash
 from blocktx.ops.flash_attention import flash_attention
-from blocktx.ops.kernels import fits_splash
 
 
 def plain(q, k, v, real):

@@ -9,7 +9,7 @@ import pytest
 
 from blocktx.config.stack import RotaryScaling, StackConfig
 from blocktx.ops.attention import attend
-from blocktx.ops.kernels import fits_short
+from blocktx.ops.attention_kernels import fits_short
 from blocktx.ops.rotary import rotary
 from blocktx.ops.short_attention import short_attention
 
