@@ -22,8 +22,7 @@ from blocktx.decode.sampling import Sampling, SamplingConfig, check_stop_tokens
 from blocktx.model import Model, for_decoding
 from blocktx.parallel import batch_parts
 
-# Positions of a prefill group, per device: a GPU or TPU is idle with fewer; on a CPU every
-# position costs its share.
+# Positions of a prefill group, per device: with fewer a GPU or TPU is idle, a CPU is not.
 _GROUP_POSITIONS = {"cpu": 1}
 _TOKENS_PER_CALL = 16  # of each row, where `blocks_per_call` is not given
 
@@ -250,19 +249,16 @@ class ContinuousDecoder:
         return state
 
     def _prefill_blocks(self, blocks: int) -> int:
-        """Return `blocks` rounded up to the size of a prefill: a bucket, or three quarters of one.
-
-        Of a long prompt's prefill, powers of two alone would waste a third.
-        """
+        """Return `blocks` rounded up to a bucket, or to three quarters of one, to waste less."""
         size = bucket(blocks, self.config.block_length, self.config.blocks)
         smallest = bucket(1, self.config.block_length, self.config.blocks)
         return size * 3 // 4 if max(blocks, smallest) <= size * 3 // 4 else size
 
     def _capacity(self, blocks: int) -> tuple[int, int]:
         """Return the prompts of a prefill call, and of a group in it, for a bucket of prompts."""
-        platform = jax.default_backend()
         most = min(self.config.blocks // blocks, self.rows)
-        group = max(1, min(_GROUP_POSITIONS.get(platform, 1024) // blocks, most))
+        positions = _GROUP_POSITIONS.get(jax.default_backend(), 1024)
+        group = max(1, min(positions // blocks, most))
         group = -(-group // self._parts) * self._parts
         return -(-most // group) * group, group
 
