@@ -95,7 +95,8 @@ async def stream(client, url, body):
 def run(main):
     async def with_client():
         limits = httpx.Limits(max_connections=CLIENTS)
-        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+        timeout = httpx.Timeout(120, pool=None)  # thousands wait for a connection
+        async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
             return await main(client)
 
     return asyncio.run(with_client())
@@ -244,8 +245,9 @@ def test_nothing_leaks_whatever_clients_do(live, expected, count):
             body, kind = random_body(number % REQUESTS), chaos(number)
             if kind == "disconnect":
                 body |= dict(stream=bool(number % 2), max_tokens=80)
+                soon = httpx.Timeout(0.05, pool=None)  # of the server, not of the pool
                 try:
-                    async with client.stream("POST", url, json=body, timeout=0.05) as response:
+                    async with client.stream("POST", url, json=body, timeout=soon) as response:
                         async for _ in response.aiter_bytes():
                             break
                 except httpx.TimeoutException:
