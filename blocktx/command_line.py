@@ -74,7 +74,9 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
     try:
         app.run(checked, flags_parser=_parse)
     except _Failure as failure:
-        # Nothing follows the message. After a failed write, TensorStore can also block at the end.
+        if not is_storage_full(failure):
+            raise
+        # After a failed write, TensorStore can block at the end, and other writes print more.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(failure.code)

@@ -101,7 +101,8 @@ def main():
     Closed()
     atexit.register(time.sleep, 1000)
     threading.Thread(target=time.sleep, args=(1000,)).start()
-    raise command_line.UserError("checkpoints: no space left")
+    full = OSError(28, "No space left on device")
+    raise command_line.UserError("checkpoints: no space left") from full
 
 command_line.run(main, required=(), restarted=True)
 """
