@@ -93,13 +93,15 @@ def attend_by_products(
     XLA for GPUs makes two fusions of it, which read queries, keys and values where they lie. For a
     library's batched product it would copy them, to have heads first.
     """
-    kv_heads, size = k_SxGxC.shape[1:]
-    k_SxGxC, v_SxGxC = (x.astype(jnp.float32) for x in (k_SxGxC, v_SxGxC))
-    q_TxGxRxC = q_TxHxC.reshape(len(q_TxHxC), kv_heads, -1, size).astype(jnp.float32)
-    scores_TxSxGxR = (q_TxGxRxC[:, None] * k_SxGxC[:, :, None]).sum(-1)
-    weights_TxSxGxR = _softmax(scores_TxSxGxR, size, mask_TxS[..., None, None], axis=1)
-    y_TxGxRxC = (weights_TxSxGxR[..., None] * v_SxGxC[:, :, None]).sum(1)
-    return y_TxGxRxC.reshape(q_TxHxC.shape)
+    # Without an axis for the queries of a group, which XLA for CPU miscompiles if its size is 1.
+    heads, size = q_TxHxC.shape[1:]
+    repeats = heads // k_SxGxC.shape[1]
+    k_SxHxC, v_SxHxC = (
+        jnp.repeat(x.astype(jnp.float32), repeats, axis=1) for x in (k_SxGxC, v_SxGxC)
+    )
+    scores_TxSxH = (q_TxHxC[:, None].astype(jnp.float32) * k_SxHxC).sum(-1)
+    weights_TxSxH = _softmax(scores_TxSxH, size, mask_TxS[..., None], axis=1)
+    return (weights_TxSxH[..., None] * v_SxHxC).sum(1)
 
 
 def attend_by_head(
