@@ -163,7 +163,7 @@ def test_every_study(name, base, tmp_path):
     runner.run_all([study], [0], tmp_path)
     results = runner.collect([study], tmp_path)
     page = write_report(tmp_path, [study], results, "--scale=cpu", [0]).read_text()
-    assert "not finished" not in page
+    assert "| not finished" not in page
     found = study.find(results)
     assert found.checks
     for check in found.checks:
