@@ -84,7 +84,8 @@ def compile_train_step(config: RunConfig, topology: Topology) -> Report:
     )
     products = cost.train_step(config).flops / mesh.size
     if teacher is not None:
-        products += cost.forward(teacher.model.config, rows).flops / mesh.size
+        read = dataclasses.replace(teacher.model.config, context_length=config.model.context_length)
+        products += cost.forward(read, rows).flops / mesh.size
     return compilation.report(lowered, products, roofline=products / topology.chip.flops)
 
 

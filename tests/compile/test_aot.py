@@ -217,8 +217,10 @@ def test_script_needs_nothing_of_the_environment(tmp_path):
 
 @needs_libtpu
 def test_the_teacher_of_distillation_is_counted(tmp_path):
+    """At the student's context, which is shorter than the teacher's own."""
     params = init_params(build(VANILLA), jax.random.key(0))
-    save_params(tmp_path / "teacher", RunConfig(model=VANILLA), params)
+    longer = dataclasses.replace(VANILLA, context_length=4 * VANILLA.context_length)
+    save_params(tmp_path / "teacher", RunConfig(model=longer), params)
     distill = DistillConfig(teacher=str(tmp_path / "teacher"))
     topology = find_topology("v5e:2x2")
     plain, distilled = (
