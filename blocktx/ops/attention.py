@@ -88,8 +88,8 @@ def attend_by_products(
 ) -> jax.Array:
     """`attend` for few queries without matrix products: by channel, then summed, in float32.
 
-    XLA for GPUs fuses it, and reads queries, keys and values where they lie. For a library's batched
-    product it copies them, to have heads first, unless there is one query.
+    XLA for GPUs fuses it and reads queries, keys and values where they lie. For a library's batched
+    product it copies them, to have heads first; not so with one query.
     """
     # Without an axis for the queries of a group, which XLA for CPU miscompiles if its size is 1.
     heads, size = q_TxHxC.shape[1:]
