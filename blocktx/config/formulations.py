@@ -22,9 +22,8 @@ class Formulations:
         matrix products, by channel, then summed.
       cached_attention: over a cache of many slots. by_head: one product a head. head_by_head: the
         heads in a loop, so that no copy of the cache is larger than one head. block_diagonal: all
-        heads in two products, for few queries. products: as of token_attention, for few queries.
-      token_cached_attention: over the few slots of a block. elementwise: products by channel, which
-        a matrix product sums. products: as of token_attention.
+        heads in two products, for few queries.
+      token_cached_attention: over the few slots of a block. elementwise: products by channel.
       cached_rotary: rotary positions while decoding. product: by a matrix of 0, 1 and -1.
       scores: of plain self-attention. recomputed: for its gradient, instead of saved.
       norm: lean: the gradient saves only the input.
@@ -40,10 +39,8 @@ class Formulations:
 
     self_attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"
     token_attention: Literal["auto", "plain", "pallas", "products"] = "auto"
-    cached_attention: Literal["auto", "by_head", "head_by_head", "block_diagonal", "products"] = (
-        "auto"
-    )
-    token_cached_attention: Literal["auto", "by_head", "elementwise", "products"] = "auto"
+    cached_attention: Literal["auto", "by_head", "head_by_head", "block_diagonal"] = "auto"
+    token_cached_attention: Literal["auto", "by_head", "elementwise"] = "auto"
     cached_rotary: Literal["auto", "by_head", "product"] = "auto"
     scores: Literal["auto", "saved", "recomputed"] = "auto"
     norm: Literal["auto", "plain", "lean"] = "auto"
@@ -97,12 +94,11 @@ _PLAIN: dict[str, Any] = dict(
 _GPU = _PLAIN | dict(
     self_attention="cudnn",
     token_attention="products",
-    cached_attention="products",
-    token_cached_attention="products",
     norm="lean",
     loss="scattered",
     narrow_layers="unrolled",
     prefill_positions=16_384,
+    loss_tokens=2048,
 )
 
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -42,9 +42,7 @@ def choose_attention(
     name = formulations.cached_attention
     if slots <= _FEW_SLOTS:
         name = formulations.token_cached_attention
-    elif (name == "block_diagonal" and queries * heads > _MATRIX_UNIT) or (
-        name == "products" and queries > _FEW_SLOTS
-    ):
+    elif name == "block_diagonal" and queries * heads > _MATRIX_UNIT:
         name = "by_head"
     attend = functools.partial(ATTENTION[name], heads=heads, kv_heads=kv_heads)
     rotate = rotary_by_product if formulations.cached_rotary == "product" else rotary_by_head
@@ -90,8 +88,8 @@ def attend_by_products(
 ) -> jax.Array:
     """`attend` for few queries without matrix products: by channel, then summed, in float32.
 
-    XLA for GPUs makes two fusions of it, which read queries, keys and values where they lie. For a
-    library's batched product it would copy them, to have heads first.
+    XLA for GPUs fuses it and reads queries, keys and values where they lie. For a library's batched
+    product it copies them, to have heads first; not so with one query.
     """
     # Without an axis for the queries of a group, which XLA for CPU miscompiles if its size is 1.
     heads, size = q_TxHxC.shape[1:]
@@ -111,12 +109,11 @@ def attend_by_head(
     mask_TxS: jax.Array,
     heads: int,
     kv_heads: int,
-    among: Callable = attend,
 ) -> jax.Array:
-    """`attend`, or `among`, of heads side by side."""
+    """`attend` of heads side by side."""
     q_TxHxC = q_TxD.reshape(len(q_TxD), heads, -1)
     k_SxGxC, v_SxGxC = (x.reshape(len(x), kv_heads, -1) for x in (k_SxE, v_SxE))
-    return among(q_TxHxC, k_SxGxC, v_SxGxC, mask_TxS).reshape(q_TxD.shape).astype(v_SxE.dtype)
+    return attend(q_TxHxC, k_SxGxC, v_SxGxC, mask_TxS).reshape(q_TxD.shape).astype(v_SxE.dtype)
 
 
 def attend_head_by_head(
@@ -200,7 +197,6 @@ ATTENTION: dict[str, Callable] = {
     "head_by_head": attend_head_by_head,
     "block_diagonal": attend_block_diagonal,
     "elementwise": attend_elementwise,
-    "products": functools.partial(attend_by_head, among=attend_by_products),
 }
 
 

@@ -13,7 +13,6 @@ from blocktx.command_line import read_config
 from blocktx.compile import aot
 from blocktx.compile.aot import compile_decoding, compile_train_step
 from blocktx.compile.topology import find_topology
-from blocktx.config.run import TrainingConfig
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,8 +23,9 @@ pytestmark = [
 ]
 PAPER = pathlib.Path(__file__).parents[2] / "configs" / "paper.py"
 MIB = 2**20
-# Temporaries of the same step for a v5e: `launch/compile.py --topology=v5e:1x1` with libtpu 0.0.52.
-TPU_MIB = {"block_170m": 6600, "vanilla_160m": 7900}
+# Temporaries of the same step on a v5e: `launch/compile.py --topology=v5e:1x1`, libtpu 0.0.52; of
+# vanilla_160m from its total of 9.7 GiB.
+TPU_MIB = {"block_170m": 6515, "vanilla_160m": 7800}
 ALLOWED = {"block_170m": 1.0, "vanilla_160m": 1.3}
 
 
@@ -45,7 +45,8 @@ def texts(monkeypatch):
 @pytest.mark.parametrize("name", ALLOWED)
 def test_training_step_holds_neither_scores_nor_logits(name, texts):
     config = read_config(f"{PAPER}:{name}")
-    config = dataclasses.replace(config, training=TrainingConfig(batch_size=8))
+    training = dataclasses.replace(config.training, batch_size=8)
+    config = dataclasses.replace(config, training=training)
     report = compile_train_step(config, find_topology("h100:1"))
     (text,) = texts
     assert 'custom_call_target="__cudnn$fmhaSoftmax"' in text
