@@ -12,10 +12,12 @@ import jax
 import pytest
 
 from blocktx.config.run import DataConfig
+from blocktx.parallel.backend import choose_backend
 from blocktx.train.loop import train
 from tests.helpers.fake_devices import FAST_COMPILATION
 from tests.helpers.tiny_run import run_config, write_corpus
 
+choose_backend()  # libtpu without a TPU prints errors
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
     # XLA reads the variable at its first compilation. libtpu, which may be loaded later, would end
     # the process: it does not know the flag.

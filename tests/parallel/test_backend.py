@@ -9,6 +9,15 @@ import pytest
 from blocktx.parallel import backend
 
 
+@pytest.fixture
+def unchosen():
+    """No platform in JAX's configuration, as in a new process."""
+    chosen = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    yield
+    jax.config.update("jax_platforms", chosen)
+
+
 @pytest.mark.parametrize(
     ("installed", "attached", "platforms", "warning"),
     [
@@ -23,15 +32,13 @@ from blocktx.parallel import backend
         ([], ["tpu"], None, ".[tpu]"),
     ],
 )
-def test_platforms(installed, attached, platforms, warning, monkeypatch, capsys):
+def test_platforms(installed, attached, platforms, warning, unchosen, monkeypatch, capsys):
     told = []
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(backend, "_installed", lambda name: name in installed)
     monkeypatch.setattr(backend, "has_tpu", lambda: "tpu" in attached)
     monkeypatch.setattr(backend, "has_nvidia_gpu", lambda: "gpu" in attached)
     monkeypatch.setattr(jax.config, "update", lambda name, value: told.append((name, value)))
-    if jax.config.jax_platforms:
-        pytest.skip("JAX_PLATFORMS was set when JAX was imported")
     backend.choose_backend()
     assert told == ([("jax_platforms", platforms)] if platforms else [])
     printed = capsys.readouterr().err
