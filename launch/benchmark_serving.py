@@ -3,8 +3,8 @@
 python launch/benchmark_serving.py --config=configs/paper.py:block_170m --rows=32 --requests=128
 
 Prints tokens per second of
-    equal       a batch whose rows all have the mean prompt and answer length
-    whole       the same with prompts of the nearest power of two, which `generate` does not pad
+    equal       a batch whose answers all have the mean length, and prompts the power of two nearest
+                to theirs, which `generate` does not pad
     continuous  the requests through `ContinuousDecoder`, as `launch/serve.py` decodes them
     saturated   the same from the first tokens until no request waits for a row
     static      the same requests in batches of --rows, each as long as its longest row
@@ -84,7 +84,6 @@ def main() -> None:
         found[f"per_{unit}"] = {
             "tokens": {name: round(value, 1) for name, value in speed.items()},
             "saturated_over_equal": round(speed["saturated"] / speed["equal"], 3),
-            "saturated_over_whole": round(speed["saturated"] / speed["whole"], 3),
             "saturated_over_static": round(speed["saturated"] / speed["static"], 3),
             "continuous_over_static": round(speed["continuous"] / speed["static"], 3),
         }
@@ -111,11 +110,9 @@ def _runs(
         tokens_BxT = np.array([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         return tokens_BxT, np.arange(longest)[::-1] < np.array([[len(p)] for p in prompts])
 
-    block, length = config.block_length, round(np.mean([len(p) for p in prompts]))
-    whole = block * bucket(round(0.75 * length / block), block, config.blocks)
-    equal_batch, whole_batch = (
-        (pad([[1] * size] * rows), [round(np.mean(answers))] * rows) for size in (length, whole)
-    )
+    block, length = config.block_length, np.mean([len(p) for p in prompts])
+    power = block * bucket(round(0.75 * length / block), block, config.blocks)
+    equal_batch = pad([[1] * power] * rows), [round(np.mean(answers))] * rows
     static_batches = [
         (pad(prompts[start : start + rows]), answers[start : start + rows])
         for start in range(0, len(prompts), rows)
@@ -123,7 +120,7 @@ def _runs(
 
     def compile_batches() -> None:
         seen = set()
-        for (tokens_BxT, mask_BxT), budgets in [equal_batch, whole_batch, *static_batches]:
+        for (tokens_BxT, mask_BxT), budgets in [equal_batch, *static_batches]:
             laid_out = layout_prompts(
                 tokens_BxT,
                 mask_BxT,
@@ -181,7 +178,6 @@ def _runs(
 
     return [
         functools.partial(run_batches, "equal", [equal_batch]),
-        functools.partial(run_batches, "whole", [whole_batch]),
         continuous,
         functools.partial(run_batches, "static", static_batches),
     ]
