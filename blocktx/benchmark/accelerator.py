@@ -19,7 +19,7 @@ import numpy as np
 
 from blocktx.benchmark.accelerator_formulations import compare_formulations, random_batch
 from blocktx.benchmark.candidates import Candidate, equal_vanilla, random_model, with_room
-from blocktx.benchmark.machine import measure_machine
+from blocktx.benchmark.machine import MeasuredPeaks, measure_machine
 from blocktx.benchmark.measure import measure
 from blocktx.chips import find_chip
 from blocktx.config import BlockConfig, RunConfig
@@ -38,7 +38,7 @@ class Sizes:
 
     formulations: tuple[str, ...] = ()  # fields to compare; none: all
     matrix: int = 8192  # rows and columns
-    copied_bytes: int = 2**30
+    read_bytes: int = 2**30
     batch_size: int = 8  # of the training step
     steps: int = 10
     rows: int = 4  # of prompts, to compare decoding with teacher forcing
@@ -63,12 +63,17 @@ def check_accelerator(
       `versions`, `seconds` by section, `errors` by section (tracebacks), and the results of the
       sections by name.
     """
+
+    @functools.cache
+    def peaks() -> MeasuredPeaks:
+        return measure_machine(config.model.compute_dtype, sizes.matrix, sizes.read_bytes)
+
     sections: dict[str, Callable[[], Any]] = {
-        "peaks": lambda: _peaks(small.compute_dtype, sizes),
+        "peaks": lambda: _peaks(peaks(), config.model.compute_dtype),
         "formulations": lambda: list(compare_formulations(small, sizes.formulations)),
         "training": lambda: _training(config, sizes),
         "decoding": lambda: _decoding(config.model, sizes),
-        "benchmark": lambda: _benchmark(config.model, sizes),
+        "benchmark": lambda: _benchmark(config.model, sizes, peaks()),
     }
     found: dict[str, Any] = {"versions": versions(), "seconds": {}, "errors": {}}
     for name, section in sections.items():
@@ -76,7 +81,9 @@ def check_accelerator(
         begin = time.perf_counter()
         try:
             found[name] = section()
-        except Exception:
+        except (
+            Exception
+        ):  # new devices fail in any way; the page has the traceback
             found[name], found["errors"][name] = None, traceback.format_exc()
         found["seconds"][name] = time.perf_counter() - begin
     return found
@@ -110,8 +117,7 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _peaks(dtype: str, sizes: Sizes) -> dict[str, Any]:
-    peaks = measure_machine(dtype, sizes.matrix, sizes.copied_bytes)
+def _peaks(peaks: MeasuredPeaks, dtype: str) -> dict[str, Any]:
     chip = find_chip(peaks.device)
     return {
         "dtype": dtype,
@@ -190,12 +196,11 @@ def _teacher_forced(
     return chosen, logits_BxMxKxV.max(-1)
 
 
-def _benchmark(config: BlockConfig, sizes: Sizes) -> list[dict[str, Any]]:
+def _benchmark(config: BlockConfig, sizes: Sizes, peaks: MeasuredPeaks) -> list[dict[str, Any]]:
     """Measure the block model beside the vanilla model of as many parameters."""
     tokens = sizes.prompt_tokens + sizes.new_tokens
     models = {"block": config, "vanilla": equal_vanilla(config)}
     candidates = [Candidate(n, *random_model(with_room(m, tokens))) for n, m in models.items()]
-    peaks = measure_machine(config.compute_dtype, sizes.matrix, sizes.copied_bytes)
     results = []
     for batch_size in sizes.batch_sizes:
         results += measure(

@@ -48,7 +48,7 @@ def compare_formulations(config: BlockConfig, fields: tuple[str, ...]) -> Iterat
         allowed = _distances(plain[kind], reference[kind])
         try:
             got = _distances(_RUNS[kind](_with(config, chosen), params), reference[kind])
-        except Exception as error:
+        except Exception as error:  # a finding as well: the device cannot run it
             result["message"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         else:
             result |= {"error": got, "plain_error": allowed}
