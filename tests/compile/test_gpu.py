@@ -60,9 +60,8 @@ def test_training_step_holds_neither_scores_nor_logits(name, texts):
     assert report.memory["temporaries"] <= ALLOWED[name] * TPU_MIB[name] * MIB
 
 
-@pytest.mark.parametrize("name", ["block_170m"])
-def test_decoding_moves_little_more_than_weights_and_cache(name, texts):
-    config = read_config(f"{PAPER}:{name}")
+def test_decoding_moves_little_more_than_weights_and_cache():
+    config = read_config(f"{PAPER}:block_170m")
     config = dataclasses.replace(config, model=with_room(config.model, 2176))
     topology = find_topology("h100:1")
     report = compile_decoding(config, topology, "decode", batch_size=256, context=2176)
