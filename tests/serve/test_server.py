@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from blocktx.decode.continuous import ContinuousDecoder
 from blocktx.decode.request import Request
 from blocktx.decode.stream import Continuation
 from blocktx.evaluate.scoring import score
@@ -310,15 +311,23 @@ def test_a_full_queue_says_when_to_come_back(engine):
         assert live.metric("vllm:num_requests_running") == 0
 
 
-def test_a_request_that_takes_too_long_is_ended(engine):
-    with served.serving(engine, request_seconds=1e-6) as live:
+def test_a_request_that_takes_too_long_is_ended(engine, monkeypatch):
+    start = ContinuousDecoder.start
+
+    def slow(*args):  # 30 blocks take 3 s; the body alone has the whole second to arrive
+        time.sleep(0.1)
+        return start(*args)
+
+    monkeypatch.setattr(ContinuousDecoder, "start", slow)
+    with served.serving(engine, request_seconds=1, blocks_per_call=1) as live:
         url = f"{live.url}/v1/completions"
         answer = httpx.post(url, json=long_body(), timeout=30)
         assert answer.status_code == 504
         assert answer.json()["error"]["type"] == "TimeoutError"
-        lines = httpx.post(url, json=long_body(stream=True), timeout=30).text.split("\n\n")
-        assert "took too long" in json.loads(lines[0][6:])["error"]["message"]
-        assert lines[1] == "data: [DONE]"
+        text = httpx.post(url, json=long_body(stream=True), timeout=30).text
+        *_, error, done = text.strip().split("\n\n")
+        assert "took too long" in json.loads(error[6:])["error"]["message"]
+        assert done == "data: [DONE]"
         assert live.metric("vllm:num_requests_waiting") == 0
 
 
