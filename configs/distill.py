@@ -1,10 +1,13 @@
 r"""Distillation: a block model uptrained against its own source, in a tenth of the source's steps.
 
+The source, and the block model that it becomes:
+
+    python launch/train.py --config=configs/distill.py:source --workdir=runs/distill/source
+    python launch/convert.py uptrain --from=runs/distill/source --method=partition \
+        --block-length=4 --output=runs/distill/start
+
 For each seed, here 0:
 
-    python launch/train.py --config=configs/distill.py:source:0 --workdir=runs/distill/source-0
-    python launch/convert.py uptrain --from=runs/distill/source-0 --method=partition \
-        --block-length=4 --output=runs/distill/start-0
     python launch/train.py --config=configs/distill.py:distilled:0 \
         --workdir=runs/distill/distilled-0
     python launch/train.py --config=configs/distill.py:uptrained:0 \
@@ -15,8 +18,8 @@ and for distill.json and distill.png beside this file
 
     python configs/distill.py runs/distill
 
-The source is of Llama type and of the quick start's size. What was measured so far is in
-blocktx/convert/README.md.
+The source is of Llama type and of the quick start's size. A seed decides the order of the
+texts and, from scratch, the first parameters. What was measured is in blocktx/convert/README.md.
 
 Any vanilla run is a teacher for the block model made from it, as START:TEACHER[:STEPS]:
 
@@ -100,20 +103,20 @@ def get_config(run: str = "distilled:0") -> ml_collections.ConfigDict:
         training=TrainingConfig(steps=STEPS, batch_size=2, evaluate_every=STEPS),
         seed=int(seed),
     )
-    return to_config_dict(config if kind == "source" else _short(config, kind, seed))
+    return to_config_dict(config if kind == "source" else _short(config, kind))
 
 
-def _short(source: RunConfig, kind: str, seed: str) -> RunConfig:
+def _short(source: RunConfig, kind: str) -> RunConfig:
     """Return a run of a tenth of the steps."""
     steps = source.training.steps // 10
-    start = "" if kind == "scratch" else f"{RUNS}/start-{seed}"
+    start = "" if kind == "scratch" else f"{RUNS}/start"
     run = dataclasses.replace(
         source,
         model=STUDENT,
         optimizer=dataclasses.replace(source.optimizer, warmup_steps=steps // 10),
         training=dataclasses.replace(source.training, steps=steps, init_from=start),
     )
-    teacher = f"{RUNS}/source-{seed}"
+    teacher = f"{RUNS}/source"
     if kind == "distilled":
         return dataclasses.replace(run, distill=_distillation(teacher, steps))
     if kind == "logits":
@@ -157,12 +160,13 @@ def report(folder: str) -> None:
 
     results: dict[str, dict[str, dict[str, float]]] = {}
     for kind in KINDS:
-        for path in sorted(pathlib.Path(folder).glob(f"{kind}-*")):
+        pattern = kind if kind == "source" else f"{kind}-*"
+        for path in sorted(pathlib.Path(folder).glob(pattern)):
             evaluated = [line for line in read(path) if "heldout/loss" in line]
             if not evaluated:
                 continue  # unfinished
             last = evaluated[-1]
-            seed = path.name.rpartition("-")[2]
+            seed = path.name.partition("-")[2] or "0"
             found = {name: last[f"heldout/{name}"] for name in ("loss", "bits_per_byte")}
             results.setdefault(kind, {})[seed] = {"step": last["step"]} | found
     here = pathlib.Path(__file__).parent
