@@ -9,11 +9,10 @@ r"""Uptraining (paper, appendix P): a block model from a vanilla one, in a tenth
         --config.training.steps=40 --config.training.evaluate_every=10 \
         --config.optimizer.warmup_steps=4
     python launch/plot.py --run=runs/uptrain/uptrained-10 --run=runs/uptrain/scratch-10 \
-        --run=runs/uptrain/scratch-100 --output=configs/uptrain.png
+        --run=runs/uptrain/scratch-100 --output=runs/uptrain/loss.png
 
-Held-out loss in nats a token (and bits a byte), 2 CPU cores, 2026-11-24: vanilla 4.117 (1.648);
-uptrained in 10% of the steps 4.502 (1.803); from scratch in 10% 5.693 (2.280), in 100% 4.322
-(1.731). The curves are in uptrain.png beside this file. About 25 minutes for all.
+The study `uptraining` of `launch/reproduce.py` does the same at its own scale:
+configs/reproduce/README.md has its figures.
 
 Progressive (appendix B.4), with blocks of 1, 2 and 4 tokens in 10 + 10 + 20 steps:
 
