@@ -70,7 +70,7 @@ def cache_bytes(config: ModelConfig, slots: int) -> int:
     """Return the bytes of keys and values of one sequence in a cache of `slots` blocks."""
     stack = config.decoder if config.kind == "vanilla" else config.block_decoder
     slots *= config.embeddings_per_block
-    return 2 * stack.layers * slots * stack.kv_width * _itemsize(config)
+    return stack.layers * slots * _slot_bytes(config, stack)
 
 
 def logits_bytes(config: ModelConfig, tokens: int) -> int:
@@ -115,9 +115,12 @@ def extend(config: ModelConfig, batch_size: int, blocks: int, slots: int) -> Cos
     """Return the cost of a prefill of `blocks` blocks a row; with 1, of the block step."""
     group = config.embeddings_per_block
     if config.kind == "vanilla":
-        return _stack(config, config.decoder, batch_size, blocks, slots)
+        each = _slot_bytes(config, config.decoder)
+        return _stack(config, config.decoder, batch_size, blocks, slots, slot_bytes=each)
+    stack = config.block_decoder
+    each = _slot_bytes(config, stack)
     return _embed(config, batch_size * blocks) + _stack(
-        config, config.block_decoder, batch_size, blocks * group, slots * group
+        config, stack, batch_size, blocks * group, slots * group, slot_bytes=each
     )
 
 
@@ -157,6 +160,13 @@ def generate(config: ModelConfig, batch_size: int, prompt_tokens: int, new_token
 
 def _itemsize(config: ModelConfig) -> int:
     return 2 if config.compute_dtype == "bfloat16" else np.dtype(config.compute_dtype).itemsize
+
+
+def _slot_bytes(config: ModelConfig, stack: StackConfig) -> int:
+    """Return the bytes of the keys and values of one slot in the cache of one layer."""
+    if config.formulations.cache_dtype == "int8":
+        return 2 * (stack.kv_width + 4 * stack.kv_heads)  # with a float32 scale for each head
+    return 2 * stack.kv_width * _itemsize(config)
 
 
 def _classified_width(config: ModelConfig) -> int:
@@ -206,14 +216,14 @@ def _product(
 
 
 def _attend(
-    sequences: int, queries: int, slots: int, query_width: int, kv_width: int, itemsize: int
+    sequences: int, queries: int, slots: int, query_width: int, slot_bytes: int, itemsize: int
 ) -> Cost:
     """Return scores and weighted sums. Queries, keys and values are read, outputs are written.
 
     The scores stay on the chip.
     """
     flops = 2 * (2 * sequences * queries * slots * query_width)
-    return Cost(flops, 2 * sequences * (queries * query_width + slots * kv_width) * itemsize)
+    return Cost(flops, sequences * (2 * queries * query_width * itemsize + slots * slot_bytes))
 
 
 def _stack(
@@ -224,16 +234,21 @@ def _stack(
     slots: int,
     *,
     memory: int = 0,
+    slot_bytes: int | None = None,
 ) -> Cost:
-    """Return layers over `queries` positions a sequence, which attend to `slots` and a memory."""
+    """Return layers over `queries` positions a sequence, which attend to `slots` and a memory.
+
+    `slot_bytes` are the keys and values of a slot. None: at `compute_dtype`.
+    """
     size, width = _itemsize(config), stack.width
     wide, narrow, hidden = stack.query_width, stack.kv_width, stack.mlp_size
     rows = sequences * queries
     # One product for queries, keys and values, unless the queries are grouped.
     projected = [3 * wide] if wide == narrow else [wide, 2 * narrow]
     projected += [hidden] * (2 if stack.mlp == "swiglu" else 1)
+    plain = 2 * narrow * size
     layer = (
-        _attend(sequences, queries, slots, wide, narrow, size)
+        _attend(sequences, queries, slots, wide, slot_bytes or plain, size)
         + _product(rows, wide, width, size)
         + _product(rows, hidden, width, size)
     )
@@ -243,7 +258,7 @@ def _stack(
         layer += (
             _product(rows, width, wide, size)
             + _product(sequences * memory, width, 2 * narrow, size)
-            + _attend(sequences, queries, memory, wide, narrow, size)
+            + _attend(sequences, queries, memory, wide, plain, size)
             + _product(rows, wide, width, size)
         )
     return stack.layers * layer

@@ -150,7 +150,8 @@ class Attention(nn.Module):
         formulations = self.config.formulations
         rotate_q, rotate_k, attend_to = choose_attention(formulations, *mask_TxS.shape, self.stack)
         cache = cache.write(rotate_k(k_TxE, position_T), v_TxE, slot)
-        y_TxD = attend_to(rotate_q(q_TxD, position_T), cache.k_SxE, cache.v_SxE, mask_TxS)
+        q_TxD = rotate_q(q_TxD, position_T)
+        y_TxD = attend_to(q_TxD, cache.k_SxE, cache.v_SxE, mask_TxS, *cache.scales)
         return self._project_out(y_TxD), cache
 
     def rotated(self, x_TxD: jax.Array, position_T: jax.Array) -> tuple[jax.Array, ...]:

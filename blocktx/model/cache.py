@@ -5,13 +5,16 @@ only, side by side. It does not record which slots are in use: the caller passes
 each write, and masks. All rows of a batch are written at the same slot, although they have
 different numbers of positions: a slot for each row would make the write a scatter, which a TPU does
 row by row.
+
+A cache in int8 holds a scale for each head of a slot, so a slot is written without reading others.
+Attention multiplies scores and weights by the scales, and reads keys and values as integers.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blocktx.config import StackConfig
+from blocktx.config import Formulations, ModelConfig, StackConfig
 from blocktx.parallel import constrain
 
 CACHE_AXES = ("batch", "positions", "heads")  # whole heads, side by side
@@ -19,10 +22,17 @@ CACHE_AXES = ("batch", "positions", "heads")  # whole heads, side by side
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values `[S, G * C]` of one layer for one sequence."""
+    """Keys and values `[S, G * C]` of one layer for one sequence; those of int8 have scales."""
 
     k_SxE: jax.Array
     v_SxE: jax.Array
+    k_scale_SxG: jax.Array | None = None  # float32
+    v_scale_SxG: jax.Array | None = None
+
+    @property
+    def scales(self) -> tuple[jax.Array, ...]:
+        """The scales of keys and values, if any."""
+        return () if self.k_scale_SxG is None else (self.k_scale_SxG, self.v_scale_SxG)
 
     def write(self, k_TxE: jax.Array, v_TxE: jax.Array, slot: jax.Array | int) -> "LayerCache":
         """Return the cache with T positions written to slots `slot` to `slot + T - 1`.
@@ -35,7 +45,21 @@ class LayerCache:
             written_SxE = _put(buffer_SxE, new_TxE, jnp.asarray(slot))
             return constrain(written_SxE, "positions", "heads")
 
-        return LayerCache(put(self.k_SxE, k_TxE), put(self.v_SxE, v_TxE))
+        new = LayerCache(k_TxE, v_TxE)
+        if self.scales:
+            heads = self.k_scale_SxG.shape[1]
+            (k_TxE, k_scale_TxG), (v_TxE, v_scale_TxG) = (_int8(x, heads) for x in (k_TxE, v_TxE))
+            new = LayerCache(k_TxE, v_TxE, k_scale_TxG, v_scale_TxG)
+        return jax.tree.map(put, self, new)
+
+
+def _int8(x_TxE: jax.Array, kv_heads: int) -> tuple[jax.Array, jax.Array]:
+    """Return integers and float32 scales `[T, G]`, whose product is about `x_TxE`."""
+    x_TxGxC = x_TxE.astype(jnp.float32).reshape(len(x_TxE), kv_heads, -1)
+    largest_TxG = jnp.abs(x_TxGxC).max(-1)
+    scale_TxG = jnp.where(largest_TxG == 0, 1, largest_TxG / 127)
+    rounded_TxGxC = jnp.round(x_TxGxC / scale_TxG[..., None])
+    return rounded_TxGxC.astype(jnp.int8).reshape(x_TxE.shape), scale_TxG
 
 
 @jax.custom_batching.custom_vmap
@@ -67,11 +91,20 @@ Cache = tuple[LayerCache, ...]
 
 def create_cache(stack: StackConfig, batch: int, slots: int, dtype: str) -> Cache:
     """Return an empty cache `[batch, S, G * C]` of `slots` positions a sequence."""
+    arrays = [(stack.kv_width, dtype)] * 2
+    if dtype == "int8":
+        arrays += [(stack.kv_heads, "float32")] * 2
 
-    def empty() -> jax.Array:
-        return constrain(jnp.zeros((batch, slots, stack.kv_width), dtype), *CACHE_AXES)
+    def empty(width: int, dtype: str) -> jax.Array:
+        return constrain(jnp.zeros((batch, slots, width), dtype), *CACHE_AXES)
 
-    return tuple(LayerCache(empty(), empty()) for _ in range(stack.layers))
+    return tuple(LayerCache(*(empty(*x) for x in arrays)) for _ in range(stack.layers))
+
+
+def cache_dtype(config: ModelConfig, formulations: Formulations) -> str:
+    """Return the dtype of a cache over blocks, or of a vanilla model's over tokens."""
+    chosen = formulations.cache_dtype
+    return config.compute_dtype if chosen == "compute_dtype" else chosen
 
 
 def causal_mask(position_T: jax.Array, slots: int, group: int = 1) -> jax.Array:

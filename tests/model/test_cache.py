@@ -1,4 +1,4 @@
-"""Writes to a cache: all rows at one slot, in place, without a scatter."""
+"""Writes to a cache: all rows at one slot, in place, without a scatter; in int8."""
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +34,22 @@ def test_rows_with_slots_of_their_own():
         for row, slot in enumerate((3, 1)):
             np.testing.assert_array_equal(buffer[row, slot], expected[row, 0])
             assert not np.delete(np.asarray(buffer[row]), slot, axis=0).any()
+
+
+def test_heads_of_int8_are_within_half_a_step():
+    stack = StackConfig.llama(1, 16, 4, key_value_heads=2)
+    (cache,) = create_cache(stack, 3, 6, "int8")
+    new = np.random.default_rng(0).normal(size=(2, 3, 2, stack.kv_width)).astype(np.float32)
+    new[0, :, 0, :4] *= 1000  # of one head, on which others do not depend
+    new[1, 1, 1, 4:] = 0
+    lowered = jax.jit(write, donate_argnums=0).lower(cache, *new, jnp.int32(3))
+    assert "scatter" not in lowered.as_text()
+    written = lowered.compile()(cache, *new, jnp.int32(3))
+    arrays = ((written.k_SxE, written.k_scale_SxG), (written.v_SxE, written.v_scale_SxG))
+    for (integers, scale), expected in zip(arrays, new, strict=True):
+        assert integers.dtype == jnp.int8
+        step = np.repeat(scale, 4, axis=2)
+        error = np.abs(integers * step - np.pad(expected, ((0, 0), (3, 1), (0, 0))))
+        assert (error <= 0.501 * step).all()
+        largest = np.abs(expected.reshape(3, 2, 2, 4)).max(-1)
+        np.testing.assert_allclose(scale[:, 3:5], np.where(largest, largest / 127, 1), rtol=1e-6)
