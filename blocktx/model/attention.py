@@ -14,12 +14,12 @@ from blocktx.ops import (
     attend_short,
     attend_splash,
     choose_attention,
-    fits_cudnn,
     fits_products,
     fits_short,
     fits_splash,
     rotary,
     rotary_by_product,
+    why_not_cudnn,
 )
 from blocktx.parallel import constrain
 
@@ -228,9 +228,14 @@ class Attention(nn.Module):
 
 def uses_cudnn(config: ModelConfig, stack: StackConfig) -> bool:
     """Return whether self-attention over a whole sequence is by cuDNN."""
-    causal = config.embeddings_per_block == 1
-    chosen = config.formulations.self_attention == "cudnn"
-    return chosen and causal and fits_cudnn(stack, config.compute_dtype)
+    return config.formulations.self_attention == "cudnn" and not cudnn_problem(config, stack)
+
+
+def cudnn_problem(config: ModelConfig, stack: StackConfig) -> str:
+    """Return why self-attention over a whole sequence cannot be by cuDNN; empty if it can."""
+    if config.embeddings_per_block > 1:
+        return f"cuDNN's is causal, and embeddings_per_block is {config.embeddings_per_block}"
+    return why_not_cudnn(stack, config.compute_dtype)
 
 
 def _out(config: ModelConfig, stack: StackConfig) -> nn.DenseGeneral:

@@ -17,7 +17,7 @@ from blocktx.compile.aot import DoesNotFit, _Compilation, compile_decoding, comp
 from blocktx.compile.report import table
 from blocktx.compile.topology import find_topology
 from blocktx.config.distill import DistillConfig
-from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
+from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig, with_cache_dtype
 from blocktx.config.run import MeshConfig, RunConfig, TrainingConfig
 from blocktx.model.build import build, init_params
 
@@ -185,6 +185,27 @@ def test_int8_weights_halve_what_decoding_reads():
     assert int8.memory["parameters"] - table_bytes < 0.6 * weights
     assert int8.bytes_accessed < 0.65 * plain.bytes_accessed
     assert int8.counted_bytes == plain.counted_bytes
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [BLOCK, VANILLA], ids=["block", "vanilla"])
+def test_cache_in_int8_halves_what_decoding_reads(model):
+    """With many slots, almost all bytes are those of the cache."""
+    model = dataclasses.replace(model, context_length=512 * model.block_length)
+    plain, int8 = (
+        compile_decoding(
+            dataclasses.replace(RUN, model=with_cache_dtype(model, kind)),
+            find_topology("v5e:1x1"),
+            "decode",
+            batch_size=64,
+            context=model.context_length,
+        )
+        for kind in (None, "int8")
+    )
+    assert int8.memory["cache"] < 0.55 * plain.memory["cache"]
+    assert int8.bytes_accessed - int8.counted_bytes < plain.bytes_accessed - plain.counted_bytes
+    assert int8.bytes_accessed < 0.7 * plain.bytes_accessed
 
 
 @needs_libtpu
