@@ -68,9 +68,8 @@ def count_params(config: ModelConfig) -> Parameters:
 
 def cache_bytes(config: ModelConfig, slots: int) -> int:
     """Return the bytes of keys and values of one sequence in a cache of `slots` blocks."""
-    stack = config.decoder if config.kind == "vanilla" else config.block_decoder
     slots *= config.embeddings_per_block
-    return stack.layers * slots * _slot_bytes(config, stack)
+    return _cached(config).layers * slots * _slot_bytes(config)
 
 
 def logits_bytes(config: ModelConfig, tokens: int) -> int:
@@ -113,15 +112,10 @@ def forward(config: ModelConfig, batch_size: int) -> Cost:
 
 def extend(config: ModelConfig, batch_size: int, blocks: int, slots: int) -> Cost:
     """Return the cost of a prefill of `blocks` blocks a row; with 1, of the block step."""
-    group = config.embeddings_per_block
-    if config.kind == "vanilla":
-        each = _slot_bytes(config, config.decoder)
-        return _stack(config, config.decoder, batch_size, blocks, slots, slot_bytes=each)
-    stack = config.block_decoder
-    each = _slot_bytes(config, stack)
-    return _embed(config, batch_size * blocks) + _stack(
-        config, stack, batch_size, blocks * group, slots * group, slot_bytes=each
-    )
+    group, each = config.embeddings_per_block, _slot_bytes(config)
+    sizes = (batch_size, blocks * group, slots * group)
+    embed = Cost() if config.kind == "vanilla" else _embed(config, batch_size * blocks)
+    return embed + _stack(config, _cached(config), *sizes, slot_bytes=each)
 
 
 def start_block(config: ModelConfig, batch_size: int) -> Cost:
@@ -162,8 +156,13 @@ def _itemsize(config: ModelConfig) -> int:
     return 2 if config.compute_dtype == "bfloat16" else np.dtype(config.compute_dtype).itemsize
 
 
-def _slot_bytes(config: ModelConfig, stack: StackConfig) -> int:
+def _cached(config: ModelConfig) -> StackConfig:
+    return config.decoder if config.kind == "vanilla" else config.block_decoder
+
+
+def _slot_bytes(config: ModelConfig) -> int:
     """Return the bytes of the keys and values of one slot in the cache of one layer."""
+    stack = _cached(config)
     if config.formulations.cache_dtype == "int8":
         return 2 * (stack.kv_width + 4 * stack.kv_heads)  # with a float32 scale for each head
     return 2 * stack.kv_width * _itemsize(config)

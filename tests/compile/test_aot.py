@@ -191,21 +191,20 @@ def test_int8_weights_halve_what_decoding_reads():
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [BLOCK, VANILLA], ids=["block", "vanilla"])
 def test_cache_in_int8_halves_what_decoding_reads(model):
-    """With many slots, almost all bytes are those of the cache."""
+    """Of many rows, whose cache does not fit on the chip, almost all bytes are its."""
     model = dataclasses.replace(model, context_length=512 * model.block_length)
     plain, int8 = (
         compile_decoding(
             dataclasses.replace(RUN, model=with_cache_dtype(model, kind)),
             find_topology("v5e:1x1"),
             "decode",
-            batch_size=64,
+            batch_size=1024,
             context=model.context_length,
         )
         for kind in (None, "int8")
     )
     assert int8.memory["cache"] < 0.55 * plain.memory["cache"]
-    assert int8.bytes_accessed - int8.counted_bytes < plain.bytes_accessed - plain.counted_bytes
-    assert int8.bytes_accessed < 0.7 * plain.bytes_accessed
+    assert int8.bytes_accessed < 0.65 * plain.bytes_accessed
 
 
 @needs_libtpu
