@@ -217,10 +217,7 @@ def _product(
 def _attend(
     sequences: int, queries: int, slots: int, query_width: int, slot_bytes: int, itemsize: int
 ) -> Cost:
-    """Return scores and weighted sums. Queries, keys and values are read, outputs are written.
-
-    The scores stay on the chip.
-    """
+    """Return scores and weighted sums. Queries, keys and values are read, outputs are written."""
     flops = 2 * (2 * sequences * queries * slots * query_width)
     return Cost(flops, sequences * (2 * queries * query_width * itemsize + slots * slot_bytes))
 
@@ -233,12 +230,9 @@ def _stack(
     slots: int,
     *,
     memory: int = 0,
-    slot_bytes: int | None = None,
+    slot_bytes: int | None = None,  # of its keys and values; None: at `compute_dtype`
 ) -> Cost:
-    """Return layers over `queries` positions a sequence, which attend to `slots` and a memory.
-
-    `slot_bytes` are the keys and values of a slot. None: at `compute_dtype`.
-    """
+    """Return layers over `queries` positions a sequence, which attend to `slots` and a memory."""
     size, width = _itemsize(config), stack.width
     wide, narrow, hidden = stack.query_width, stack.kv_width, stack.mlp_size
     rows = sequences * queries

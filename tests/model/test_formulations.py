@@ -131,7 +131,7 @@ def attention_records(config, caplog):
 def test_attention_without_cudnn_is_logged_once(caplog):
     _log_fallback.cache_clear()
     fits = dataclasses.replace(MODELS["neox"], compute_dtype="bfloat16")
-    odd = StackConfig(1, width=96, heads=8)  # of 12 channels
+    odd = StackConfig.llama(1, 96, 8)  # of 12 channels
     assert attention_records(fits, caplog) == []
     for config, problem in [
         (MODELS["neox"], "cuDNN takes bfloat16, and compute_dtype is float32"),
