@@ -29,6 +29,8 @@ class Formulations:
       cache_dtype: of keys and values of blocks, or of a vanilla model's tokens, while decoding.
         int8: with a float32 scale for each head of a slot. It rounds more than other formulations,
         so no backend has it by default.
+      cache_write: of one slot of a cache in int8. tile: with all 32 slots of its tile on a TPU. For a
+        write at one of them XLA copies the whole cache to other tiles and back.
       cached_rotary: rotary positions while decoding. product: by a matrix of 0, 1 and -1.
       scores: of plain self-attention. recomputed: for its gradient, instead of saved.
       norm: lean: the gradient saves only the input.
@@ -47,6 +49,7 @@ class Formulations:
     cached_attention: Literal["auto", "by_head", "head_by_head", "block_diagonal"] = "auto"
     token_cached_attention: Literal["auto", "by_head", "elementwise"] = "auto"
     cache_dtype: Literal["auto", "compute_dtype", "int8"] = "auto"
+    cache_write: Literal["auto", "slot", "tile"] = "auto"
     cached_rotary: Literal["auto", "by_head", "product"] = "auto"
     scores: Literal["auto", "saved", "recomputed"] = "auto"
     norm: Literal["auto", "plain", "lean"] = "auto"
@@ -86,6 +89,7 @@ _PLAIN: dict[str, Any] = dict(
     cached_attention="by_head",
     token_cached_attention="by_head",
     cache_dtype="compute_dtype",
+    cache_write="slot",
     cached_rotary="by_head",
     scores="saved",
     norm="plain",
@@ -119,6 +123,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         token_attention="pallas",
         cached_attention="block_diagonal",
         token_cached_attention="elementwise",
+        cache_write="tile",
         cached_rotary="product",
         scores="recomputed",
         norm="lean",

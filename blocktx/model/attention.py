@@ -149,7 +149,8 @@ class Attention(nn.Module):
         q_TxD, k_TxE, v_TxE = self._projected(x_TxD)
         formulations = self.config.formulations
         rotate_q, rotate_k, attend_to = choose_attention(formulations, *mask_TxS.shape, self.stack)
-        cache = cache.write(rotate_k(k_TxE, position_T), v_TxE, slot)
+        tile = formulations.cache_write == "tile"
+        cache = cache.write(rotate_k(k_TxE, position_T), v_TxE, slot, tile)
         q_TxD = rotate_q(q_TxD, position_T)
         y_TxD = attend_to(q_TxD, cache.k_SxE, cache.v_SxE, mask_TxS, *cache.scales)
         return self._project_out(y_TxD), cache

@@ -10,6 +10,8 @@ A cache in int8 holds a scale for each head of a slot, so a slot is written with
 Attention multiplies scores and weights by the scales, and reads keys and values as integers.
 """
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from blocktx.config import Formulations, ModelConfig, StackConfig
 from blocktx.parallel import constrain
 
+_TILE = 32  # slots of 8-bit integers in a TPU's tile
 CACHE_AXES = ("batch", "positions", "heads")  # whole heads, side by side
 
 
@@ -34,15 +37,25 @@ class LayerCache:
         """The scales of keys and values, if any."""
         return () if self.k_scale_SxG is None else (self.k_scale_SxG, self.v_scale_SxG)
 
-    def write(self, k_TxE: jax.Array, v_TxE: jax.Array, slot: jax.Array | int) -> "LayerCache":
+    def write(
+        self, k_TxE: jax.Array, v_TxE: jax.Array, slot: jax.Array | int, tile: bool = False
+    ) -> "LayerCache":
         """Return the cache with T positions written to slots `slot` to `slot + T - 1`.
 
         The caller ensures that they fit: XLA clamps the slot of a write that does not.
+
+        Args:
+          k_TxE, v_TxE: keys and values.
+          slot: the first slot.
+          tile: write one slot of integers together with the others of its tile, see
+            `Formulations.cache_write`.
         """
 
         def put(buffer_SxE: jax.Array, new_TxE: jax.Array) -> jax.Array:
             new_TxE = constrain(new_TxE.astype(buffer_SxE.dtype), "positions", "heads")
-            written_SxE = _put(buffer_SxE, new_TxE, jnp.asarray(slot))
+            whole = len(new_TxE) == 1 and len(buffer_SxE) % _TILE == 0
+            tiled = tile and whole and buffer_SxE.dtype == jnp.int8
+            written_SxE = (_put_tile if tiled else _put)(buffer_SxE, new_TxE, jnp.asarray(slot))
             return constrain(written_SxE, "positions", "heads")
 
         new = LayerCache(k_TxE, v_TxE)
@@ -62,28 +75,43 @@ def _int8(x_TxE: jax.Array, kv_heads: int) -> tuple[jax.Array, jax.Array]:
     return rounded_TxGxC.astype(jnp.int8).reshape(x_TxE.shape), scale_TxG
 
 
-@jax.custom_batching.custom_vmap
-def _put(buffer_SxE: jax.Array, new_TxE: jax.Array, slot: jax.Array) -> jax.Array:
-    """Write all rows of a batch at the same slot.
+def _at_one_slot(update: Callable) -> Callable:
+    """Return a function that writes all rows of a batch at the same slot.
 
     JAX batches a dynamic slot to a scatter even if the slot is not batched. XLA then copies the
     whole cache to another layout and back. If rows have slots of their own, it is a scatter.
+
+    Args:
+      update: writes `[..., T, E]` to `[..., S, E]` at a slot.
     """
-    return _update(buffer_SxE, new_TxE, slot)
+    put = jax.custom_batching.custom_vmap(update)
+
+    @put.def_vmap
+    def put_in_batch(axis_size, in_batched, buffer_BxSxE, new_BxTxE, slot):
+        buffer_BxSxE, new_BxTxE = (
+            x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, batched in zip((buffer_BxSxE, new_BxTxE), in_batched, strict=False)
+        )
+        write = jax.vmap(update) if in_batched[2] else put
+        return write(buffer_BxSxE, new_BxTxE, slot), True
+
+    return put
 
 
-def _update(buffer_SxE: jax.Array, new_TxE: jax.Array, slot: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer_SxE, new_TxE, slot, axis=-2)
+@_at_one_slot
+def _put(buffer_xSxE: jax.Array, new_xTxE: jax.Array, slot: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(buffer_xSxE, new_xTxE, slot, axis=-2)
 
 
-@_put.def_vmap
-def _put_in_batch(axis_size, in_batched, buffer_BxSxE, new_BxTxE, slot):
-    buffer_BxSxE, new_BxTxE = (
-        x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-        for x, batched in zip((buffer_BxSxE, new_BxTxE), in_batched, strict=False)
-    )
-    put = jax.vmap(_update) if in_batched[2] else _put
-    return put(buffer_BxSxE, new_BxTxE, slot), True
+@_at_one_slot
+def _put_tile(buffer_xSxE: jax.Array, new_x1xE: jax.Array, slot: jax.Array) -> jax.Array:
+    *rows, slots, width = buffer_xSxE.shape
+    tiles_xIxRxE = buffer_xSxE.reshape(*rows, slots // _TILE, _TILE, width)
+    old_x1xRxE = jax.lax.dynamic_slice_in_dim(tiles_xIxRxE, slot // _TILE, 1, axis=-3)
+    here_Rx1 = jnp.arange(_TILE)[:, None] == slot % _TILE
+    tile_x1xRxE = jnp.where(here_Rx1, new_x1xE[..., None, :, :], old_x1xRxE)
+    written = jax.lax.dynamic_update_slice_in_dim(tiles_xIxRxE, tile_x1xRxE, slot // _TILE, axis=-3)
+    return written.reshape(buffer_xSxE.shape)
 
 
 Cache = tuple[LayerCache, ...]

@@ -1,8 +1,11 @@
 """Writes to a cache: all rows at one slot, in place, without a scatter; in int8."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from blocktx.config.model import StackConfig
 from blocktx.model.cache import LayerCache, create_cache
@@ -53,3 +56,21 @@ def test_heads_of_int8_are_within_half_a_step():
         assert (error <= 0.501 * step).all()
         largest = np.abs(expected.reshape(3, 2, 2, 4)).max(-1)
         np.testing.assert_allclose(scale[:, 3:5], np.where(largest, largest / 127, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("slot", [0, 31, 45, np.array([63, 2, 40])], ids=str)
+def test_write_with_a_tile_is_that_of_a_slot(slot):
+    new = np.random.default_rng(0).normal(size=(2, 3, 1, 16)).astype(np.float32)
+    (cache,) = create_cache(STACK, 3, 64, "int8")
+    filled = jax.tree.map(lambda x: jnp.ones_like(x) * 5, cache)
+    axes, written = (0, 0, 0, 0 if np.ndim(slot) else None), []
+    for tile in (False, True):
+        one = functools.partial(LayerCache.write, tile=tile)
+        lowered = jax.jit(jax.vmap(one, axes), donate_argnums=0).lower(filled, *new, slot)
+        assert "scatter" not in lowered.as_text() or np.ndim(slot)
+        program = lowered.compile()
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(filled))
+        assert program.memory_analysis().alias_size_in_bytes == held
+        written.append(program(jax.tree.map(jnp.copy, filled), *new, slot))
+    jax.tree.map(np.testing.assert_array_equal, *written)
+    assert not (np.asarray(written[0].k_SxE) == 5).all()

@@ -34,7 +34,7 @@ def choices() -> list[tuple[str, str]]:
     """Every formulation that is not the plain one, by field."""
     found = []
     for field, hint in typing.get_type_hints(Formulations).items():
-        if field in ("pallas", "cache_dtype", "prefill_positions", "loss_tokens"):
+        if field in ("pallas", "cache_dtype", "cache_write", "prefill_positions", "loss_tokens"):
             continue
         plain = getattr(PLAIN, field)
         found += [(field, x) for x in typing.get_args(hint) if x not in ("auto", plain)]
