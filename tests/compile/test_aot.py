@@ -190,7 +190,7 @@ def test_int8_weights_halve_what_decoding_reads():
 @needs_libtpu
 @pytest.mark.slow
 def test_cache_in_int8_is_read_as_integers():
-    """Of a step in a cache that does not fit on the chip: no copy of it takes away what it saves."""
+    """In a cache that does not fit on the chip: no copy of it takes away what it saves."""
     stack = StackConfig(layers=2, width=768, heads=12)
     model = dataclasses.replace(BLOCK, context_length=2176, block_decoder=stack)
     plain, int8 = (
