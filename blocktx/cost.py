@@ -68,9 +68,8 @@ def count_params(config: ModelConfig) -> Parameters:
 
 def cache_bytes(config: ModelConfig, slots: int) -> int:
     """Return the bytes of keys and values of one sequence in a cache of `slots` blocks."""
-    stack = config.decoder if config.kind == "vanilla" else config.block_decoder
     slots *= config.embeddings_per_block
-    return 2 * stack.layers * slots * stack.kv_width * _itemsize(config)
+    return _cached(config).layers * slots * _slot_bytes(config)
 
 
 def logits_bytes(config: ModelConfig, tokens: int) -> int:
@@ -113,12 +112,10 @@ def forward(config: ModelConfig, batch_size: int) -> Cost:
 
 def extend(config: ModelConfig, batch_size: int, blocks: int, slots: int) -> Cost:
     """Return the cost of a prefill of `blocks` blocks a row; with 1, of the block step."""
-    group = config.embeddings_per_block
-    if config.kind == "vanilla":
-        return _stack(config, config.decoder, batch_size, blocks, slots)
-    return _embed(config, batch_size * blocks) + _stack(
-        config, config.block_decoder, batch_size, blocks * group, slots * group
-    )
+    group, each = config.embeddings_per_block, _slot_bytes(config)
+    sizes = (batch_size, blocks * group, slots * group)
+    embed = Cost() if config.kind == "vanilla" else _embed(config, batch_size * blocks)
+    return embed + _stack(config, _cached(config), *sizes, slot_bytes=each)
 
 
 def start_block(config: ModelConfig, batch_size: int) -> Cost:
@@ -157,6 +154,18 @@ def generate(config: ModelConfig, batch_size: int, prompt_tokens: int, new_token
 
 def _itemsize(config: ModelConfig) -> int:
     return 2 if config.compute_dtype == "bfloat16" else np.dtype(config.compute_dtype).itemsize
+
+
+def _cached(config: ModelConfig) -> StackConfig:
+    return config.decoder if config.kind == "vanilla" else config.block_decoder
+
+
+def _slot_bytes(config: ModelConfig) -> int:
+    """Return the bytes of the keys and values of one slot in the cache of one layer."""
+    stack = _cached(config)
+    if config.formulations.cache_dtype == "int8":
+        return 2 * (stack.kv_width + 4 * stack.kv_heads)  # with a float32 scale for each head
+    return 2 * stack.kv_width * _itemsize(config)
 
 
 def _classified_width(config: ModelConfig) -> int:
@@ -206,14 +215,11 @@ def _product(
 
 
 def _attend(
-    sequences: int, queries: int, slots: int, query_width: int, kv_width: int, itemsize: int
+    sequences: int, queries: int, slots: int, query_width: int, slot_bytes: int, itemsize: int
 ) -> Cost:
-    """Return scores and weighted sums. Queries, keys and values are read, outputs are written.
-
-    The scores stay on the chip.
-    """
+    """Return scores and weighted sums. Queries, keys and values are read, outputs are written."""
     flops = 2 * (2 * sequences * queries * slots * query_width)
-    return Cost(flops, 2 * sequences * (queries * query_width + slots * kv_width) * itemsize)
+    return Cost(flops, sequences * (2 * queries * query_width * itemsize + slots * slot_bytes))
 
 
 def _stack(
@@ -224,6 +230,7 @@ def _stack(
     slots: int,
     *,
     memory: int = 0,
+    slot_bytes: int | None = None,  # of its keys and values; None: at `compute_dtype`
 ) -> Cost:
     """Return layers over `queries` positions a sequence, which attend to `slots` and a memory."""
     size, width = _itemsize(config), stack.width
@@ -232,8 +239,9 @@ def _stack(
     # One product for queries, keys and values, unless the queries are grouped.
     projected = [3 * wide] if wide == narrow else [wide, 2 * narrow]
     projected += [hidden] * (2 if stack.mlp == "swiglu" else 1)
+    plain = 2 * narrow * size
     layer = (
-        _attend(sequences, queries, slots, wide, narrow, size)
+        _attend(sequences, queries, slots, wide, slot_bytes or plain, size)
         + _product(rows, wide, width, size)
         + _product(rows, hidden, width, size)
     )
@@ -243,7 +251,7 @@ def _stack(
         layer += (
             _product(rows, width, wide, size)
             + _product(sequences * memory, width, 2 * narrow, size)
-            + _attend(sequences, queries, memory, wide, narrow, size)
+            + _attend(sequences, queries, memory, wide, plain, size)
             + _product(rows, wide, width, size)
         )
     return stack.layers * layer

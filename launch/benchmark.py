@@ -26,6 +26,7 @@ from blocktx.benchmark import (
     write_json,
 )
 from blocktx.checkpoint import load_params
+from blocktx.config import ModelConfig, with_cache_dtype
 from blocktx.model import QUANTIZATIONS, Model, build, for_decoding, quantize
 from blocktx.parallel import prepare_gpu
 from blocktx.progress_bar import ProgressBar, until_interrupted
@@ -66,6 +67,13 @@ _QUANTIZE = flags.DEFINE_enum(
     None,
     QUANTIZATIONS,
     "Keep the kernels as integers. The roofline stays that of --dtype.",
+)
+_CACHE_DTYPE = flags.DEFINE_enum(
+    "cache_dtype",
+    None,
+    ["int8"],
+    "Keep keys and values of the cache as integers. The roofline follows. The loss of a run is "
+    "without it; see launch/evaluate.py.",
 )
 _JSON = flags.DEFINE_string("json", None, "A file to write the results to.")
 _PLOT = flags.DEFINE_string(
@@ -123,7 +131,7 @@ def _candidates(tokens: int) -> list[Candidate]:
     return [
         Candidate(
             name,
-            *_quantized(*random_model(with_room(config, tokens, _DTYPE.value))),
+            *_quantized(*random_model(_prepared(config, tokens))),
         )
         for name, config in specs.items()
     ]
@@ -131,13 +139,17 @@ def _candidates(tokens: int) -> list[Candidate]:
 
 def _saved(path: str, tokens: int) -> Candidate:
     model = load_params(path).config.model
-    model = with_room(model, tokens, _DTYPE.value)
+    model = _prepared(model, tokens)
     loaded = load_params(path, model=model)
     run = loaded.path.parent.parent
     lines = read(run) if (run / "metrics.jsonl").exists() else []
     losses = [line["heldout/loss"] for line in lines if line.get("heldout/loss") is not None]
     separate = for_decoding(build(model), loaded.params)
     return Candidate(run.name, *_quantized(*separate), losses[-1] if losses else None)
+
+
+def _prepared(config: ModelConfig, tokens: int) -> ModelConfig:
+    return with_cache_dtype(with_room(config, tokens, _DTYPE.value), _CACHE_DTYPE.value)
 
 
 def _quantized(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]:

@@ -27,7 +27,7 @@ import blocktx
 from blocktx import command_line
 from blocktx.benchmark import decode_throughput
 from blocktx.checkpoint import load_params, load_tokenizer
-from blocktx.config import DataConfig, MeshConfig
+from blocktx.config import DataConfig, MeshConfig, with_cache_dtype
 from blocktx.cost import count_params
 from blocktx.data import Documents, read_in_memory
 from blocktx.evaluate import (
@@ -66,6 +66,12 @@ _QUANTIZE = flags.DEFINE_enum(
     None,
     QUANTIZATIONS,
     "Keep the kernels of --checkpoint as integers.",
+)
+_CACHE_DTYPE = flags.DEFINE_enum(
+    "cache_dtype",
+    None,
+    ["int8"],
+    "Read contexts of --checkpoint block by block, as decoding does, from a cache of integers.",
 )
 _STRIDE = flags.DEFINE_integer(
     "stride",
@@ -118,7 +124,7 @@ def _evaluate() -> bool:
     documents = read_in_memory(_DATA.value, _TEXT_FIELD.value, tokenizer)
     with jax.set_mesh(mesh), ProgressBar(total=documents.token_count, unit=" tokens") as bar:
         running = running_text_sums(
-            build(config),
+            build(with_cache_dtype(config, _CACHE_DTYPE.value)),
             quantize(config, loaded.params, _QUANTIZE.value),
             documents,
             tokenizer.pad_id,
@@ -148,6 +154,7 @@ def _evaluate() -> bool:
             "data": _DATA.value,
             "stride": _STRIDE.value,
             "quantize": _QUANTIZE.value,
+            "cache_dtype": _CACHE_DTYPE.value,
             "finished": finished,
         }
         write_atomic(_JSON.value, json.dumps(found, indent=2) + "\n")
@@ -158,7 +165,7 @@ def _compare() -> bool:
     """Compare the checkpoint with --against; return False if Ctrl-C ended it early."""
     paths = (_CHECKPOINT.value, _AGAINST.value)
     engines = (
-        blocktx.load(paths[0], quantize=_QUANTIZE.value),
+        blocktx.load(paths[0], quantize=_QUANTIZE.value, cache_dtype=_CACHE_DTYPE.value),
         blocktx.load(paths[1]),
     )
     if len({engine.tokenizer.fingerprint for engine in engines}) > 1:

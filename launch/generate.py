@@ -21,6 +21,9 @@ _PROMPT = flags.DEFINE_multi_string(
     "prompt", [""], "Text to continue; may be repeated. Empty: begin a new document."
 )
 _QUANTIZE = flags.DEFINE_enum("quantize", None, QUANTIZATIONS, "Keep the kernels as integers.")
+_CACHE_DTYPE = flags.DEFINE_enum(
+    "cache_dtype", None, ["int8"], "Keep keys and values of the cache as integers."
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate, at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 always takes the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens; 0 from all.")
@@ -69,7 +72,9 @@ def _compare(engine: blocktx.Engine, prompt_tokens: int, new_tokens: int) -> Non
 
 
 def main() -> None:
-    engine = blocktx.load(_CHECKPOINT.value, quantize=_QUANTIZE.value)
+    engine = blocktx.load(
+        _CHECKPOINT.value, quantize=_QUANTIZE.value, cache_dtype=_CACHE_DTYPE.value
+    )
     if _AGAINST.value and engine.config.model.kind != "block":
         raise ValueError("--against: the checkpoint is of a vanilla model itself")
     prompts = _PROMPT.value

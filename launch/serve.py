@@ -16,6 +16,10 @@ from blocktx import command_line
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."
 )
+_QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Keep the kernels as integers.")
+_CACHE_DTYPE = flags.DEFINE_enum(
+    "cache_dtype", None, ["int8"], "Keep keys and values of the cache as integers."
+)
 _MODEL = flags.DEFINE_string("model", None, "Name of the model in answers. Default: the folder's.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of them.")
 _PORT = flags.DEFINE_integer(
@@ -55,7 +59,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     path = pathlib.PurePath(_CHECKPOINT.value)
     serve(
-        blocktx.load(_CHECKPOINT.value),
+        blocktx.load(_CHECKPOINT.value, quantize=_QUANTIZE.value, cache_dtype=_CACHE_DTYPE.value),
         ServeConfig(
             model=_MODEL.value or path.name or "blocktx",
             host=_HOST.value,

@@ -14,7 +14,7 @@ from blocktx.model import build, for_decoding, init_params
 
 _ONLY_ON = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 _DECODING = ("cached_attention", "token_cached_attention", "cached_rotary")
-_NO_CHOICE = ("sampler", "pallas", "prefill_positions", "loss_tokens")
+_NO_CHOICE = ("cache_dtype", "cache_write", "sampler", "pallas", "prefill_positions", "loss_tokens")
 
 
 def choices() -> Iterator[tuple[str, str]]:

@@ -33,5 +33,6 @@ def decoding_advice(batch_size: int, parts: int, context: int) -> str:
     knobs = []
     if batch_size > parts:
         knobs.append(f"--batch_size={max(parts, batch_size // 2 // parts * parts)}")
-    knobs += [f"--context below {context}", "--quantize=int8", "--config.mesh.tensor=2"]
+    knobs += [f"--context below {context}", "--quantize=int8"]
+    knobs += ["--config.model.formulations.cache_dtype=int8", "--config.mesh.tensor=2"]
     return ", or ".join(knobs)

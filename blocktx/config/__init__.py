@@ -22,6 +22,7 @@ from blocktx.config.model import (
     EncoderConfig,
     ModelConfig,
     VanillaConfig,
+    with_cache_dtype,
 )
 from blocktx.config.run import (
     DataConfig,
@@ -64,5 +65,6 @@ __all__ = [
     "to_dict",
     "to_saved",
     "user_errors",
+    "with_cache_dtype",
     "without_execution",
 ]

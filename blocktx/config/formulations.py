@@ -1,4 +1,6 @@
-"""Formulations: how each operation is computed on a backend. They change speed and rounding only.
+"""Formulations: how each operation is computed on a backend.
+
+They change speed, memory and rounding only.
 
 This is the one place where a backend is turned into choices. Each choice can be made by hand, to
 bisect a NaN or to compare speeds: `--config.model.formulations.norm=plain`.
@@ -24,6 +26,11 @@ class Formulations:
         heads in a loop, so that no copy of the cache is larger than one head. block_diagonal: all
         heads in two products, for few queries.
       token_cached_attention: over the few slots of a block. elementwise: products by channel.
+      cache_dtype: of keys and values of blocks, or of a vanilla model's tokens, while decoding.
+        int8: with a float32 scale for each head of a slot. It rounds more than other formulations,
+        so no backend has it by default.
+      cache_write: of one slot of a cache in int8. tile: with all 32 slots of its tile on a TPU. For
+        a write at one of them XLA copies the whole cache to other tiles and back.
       cached_rotary: rotary positions while decoding. product: by a matrix of 0, 1 and -1.
       scores: of plain self-attention. recomputed: for its gradient, instead of saved.
       norm: lean: the gradient saves only the input.
@@ -41,6 +48,8 @@ class Formulations:
     token_attention: Literal["auto", "plain", "pallas", "products"] = "auto"
     cached_attention: Literal["auto", "by_head", "head_by_head", "block_diagonal"] = "auto"
     token_cached_attention: Literal["auto", "by_head", "elementwise"] = "auto"
+    cache_dtype: Literal["auto", "compute_dtype", "int8"] = "auto"
+    cache_write: Literal["auto", "slot", "tile"] = "auto"
     cached_rotary: Literal["auto", "by_head", "product"] = "auto"
     scores: Literal["auto", "saved", "recomputed"] = "auto"
     norm: Literal["auto", "plain", "lean"] = "auto"
@@ -79,6 +88,8 @@ _PLAIN: dict[str, Any] = dict(
     token_attention="plain",
     cached_attention="by_head",
     token_cached_attention="by_head",
+    cache_dtype="compute_dtype",
+    cache_write="slot",
     cached_rotary="by_head",
     scores="saved",
     norm="plain",
@@ -112,6 +123,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         token_attention="pallas",
         cached_attention="block_diagonal",
         token_cached_attention="elementwise",
+        cache_write="tile",
         cached_rotary="product",
         scores="recomputed",
         norm="lean",

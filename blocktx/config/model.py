@@ -261,3 +261,15 @@ def _require_whole_blocks(config: "ModelConfig") -> None:
 
 
 ModelConfig = BlockConfig | VanillaConfig
+
+
+def with_cache_dtype(config: ModelConfig, dtype: Literal["int8"] | None) -> ModelConfig:
+    """Return `config` with a cache in `dtype`, see `Formulations`; None: `config`.
+
+    Raises:
+      UserError: there is no such dtype.
+    """
+    if dtype is None:
+        return config
+    formulations = dataclasses.replace(config.formulations, cache_dtype=dtype)
+    return dataclasses.replace(config, formulations=formulations)

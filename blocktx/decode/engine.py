@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh, Sharding
 
 from blocktx.checkpoint import load_params, load_tokenizer
-from blocktx.config import RunConfig
+from blocktx.config import RunConfig, with_cache_dtype
 from blocktx.data import Tokenizer
 from blocktx.decode.inputs import Prompt, encode_prompts, split_stop
 from blocktx.decode.prompts import Placement, budgets
@@ -227,6 +227,7 @@ def load(
     sharding: Mesh | Sharding | None = None,
     *,
     quantize: Literal["int8"] | None = None,
+    cache_dtype: Literal["int8"] | None = None,
 ) -> Engine:
     """Load the latest checkpoint of a run folder, or the one at `path`, with the run's tokenizer.
 
@@ -240,14 +241,20 @@ def load(
         `launch/evaluate.py --quantize=int8`. On a TPU the weights are read as integers. Where
         products are a library's, as cuBLAS's, XLA first writes the weights in the compute dtype:
         that saves memory and no time.
+      cache_dtype: "int8": keep keys and values of the cache as 8-bit integers with a scale for each
+        head, which takes about half the memory of bfloat16. None: `compute_dtype`. The loss is that
+        of `launch/evaluate.py --cache_dtype=int8`.
 
     Raises:
       FileNotFoundError: there is no checkpoint at `path`, or no tokenizer beside it.
-      ValueError: what is there is not a blocktx checkpoint, is damaged, or does not fit its config.
+      ValueError: what is there is not a blocktx checkpoint, is damaged, or does not fit its config;
+        or there is no such `quantize` or `cache_dtype`.
     """
     mesh = None
     if isinstance(sharding, Mesh) and sharding.axis_names == MESH_AXES:
         devices = sharding.devices.reshape(-1, 1, sharding.shape["tensor"])
         sharding = mesh = Mesh(devices, MESH_AXES, axis_types=sharding.axis_types)
     loaded = load_params(path, sharding)
-    return Engine(loaded.config, loaded.params, load_tokenizer(loaded), mesh, quantize)
+    model = with_cache_dtype(loaded.config.model, cache_dtype)
+    config = dataclasses.replace(loaded.config, model=model)
+    return Engine(config, loaded.params, load_tokenizer(loaded), mesh, quantize)

@@ -1,6 +1,9 @@
 """The sampler: the choice of a token from logits.
 
 Filters apply in this order: top-k; top-p on the renormalised rest; min-p.
+
+A GPU's host reads the predicate of every `lax.cond` before it starts what follows. So there is one
+if all rows are greedy, and one more if some are not but none is filtered.
 """
 
 import jax
@@ -36,14 +39,10 @@ def sample(
             return categorical(jax.random.fold_in(key, position), logits_V)
 
         kept_BxV = _filter(logits_BxV, sampling)
-        return jax.vmap(one)(kept_BxV, sampling.seed_Bx2, position_B).astype(jnp.int32)
+        drawn_B = jax.vmap(one)(kept_BxV, sampling.seed_Bx2, position_B).astype(jnp.int32)
+        return jnp.where(sampling.temperature_B > 0, drawn_B, greedy(logits_BxV))
 
-    def skip(logits_BxV: jax.Array) -> jax.Array:
-        return jnp.zeros(len(logits_BxV), jnp.int32)
-
-    greedy_B = jax.lax.cond(sampling.uses.greedy, greedy, skip, logits_BxV)
-    drawn_B = jax.lax.cond(sampling.uses.draw, draw, skip, logits_BxV)
-    return jnp.where(sampling.temperature_B > 0, drawn_B, greedy_B)
+    return jax.lax.cond(sampling.uses.draw, draw, greedy, logits_BxV)
 
 
 def log_probability(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
@@ -76,20 +75,18 @@ def _filter(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
         return jnp.where(scaled_V >= scaled_V.max() + jnp.log(min_p), scaled_V, -jnp.inf)
 
     uses = sampling.uses
-    for used, keep, parameter_B in [
-        (uses.top_k, by_top_k, sampling.top_k_B),
-        (uses.top_p, by_top_p, sampling.top_p_B),
-        (uses.min_p, by_min_p, sampling.min_p_B),
-    ]:
-        scaled_BxV = jax.lax.cond(
-            used,
-            lambda scaled, logits, parameter, keep=keep: jax.vmap(keep)(scaled, logits, parameter),
-            lambda scaled, *_: scaled,
-            scaled_BxV,
-            logits_BxV,
-            parameter_B,
-        )
-    return scaled_BxV
+
+    def by_all(scaled_BxV: jax.Array) -> jax.Array:
+        for used, keep, parameter_B in [
+            (uses.top_k, by_top_k, sampling.top_k_B),
+            (uses.top_p, by_top_p, sampling.top_p_B),
+            (uses.min_p, by_min_p, sampling.min_p_B),
+        ]:
+            arguments = (scaled_BxV, logits_BxV, parameter_B)
+            scaled_BxV = jax.lax.cond(used, jax.vmap(keep), lambda scaled, *_: scaled, *arguments)
+        return scaled_BxV
+
+    return jax.lax.cond(uses.top_k | uses.top_p | uses.min_p, by_all, lambda x: x, scaled_BxV)
 
 
 def _argmax(logits_V: jax.Array) -> jax.Array:

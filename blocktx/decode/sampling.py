@@ -72,8 +72,7 @@ class SamplingConfig:
 class Uses:
     """Bool scalars: the sampler steps that any row needs. The others are skipped for all rows."""
 
-    greedy: Any
-    draw: Any
+    draw: Any  # False: all rows are greedy
     top_k: Any
     top_p: Any
     min_p: Any
@@ -140,7 +139,6 @@ class Sampling:
             seed_Bx2=seed_Bx2,
             stop_BxX=np.array([[*s, *[-1] * (width - len(s))] for s in stops], np.int32),
             uses=Uses(
-                greedy=np.bool_(any(c.temperature == 0 for c in configs)),
                 draw=np.bool_(any(c.temperature > 0 for c in configs)),
                 top_k=np.bool_(any(c.top_k > 0 for c in configs)),
                 top_p=np.bool_(any(c.top_p < 1 for c in configs)),

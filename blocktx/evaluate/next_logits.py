@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from blocktx.model import Model
+from blocktx.model import Cache, Model, for_decoding
 from blocktx.parallel import batch_parts, constrain
 
 _CHUNK_BYTES = 2**28  # of a chunk's logits and hidden states, on each device
@@ -91,11 +91,9 @@ def next_logits(
     They predict blocks `1 + begin` to `begin + count`, of which there are `size`; those after block
     N-1 are padding.
     """
+    context_BxNxnD = contexts(model, params, tokens_BxNxK, mask_BxNxK)
     if model.config.kind == "vanilla":
-        hidden_BxTxD = model.apply(
-            {"params": params}, tokens_BxNxK[..., 0], mask_BxNxK[..., 0], method="hidden"
-        )
-        hidden_BxMxD = pad_blocks(hidden_BxTxD[:, :-1], size)
+        hidden_BxMxD = pad_blocks(context_BxNxnD[:, :-1], size)
 
         def of_tokens(begin: jax.Array | int, count: int) -> jax.Array:
             hidden_BxCxD = jax.lax.dynamic_slice_in_dim(hidden_BxMxD, begin, count, axis=1)
@@ -105,7 +103,6 @@ def next_logits(
 
         return of_tokens
 
-    context_BxNxnD = model.apply({"params": params}, tokens_BxNxK, mask_BxNxK, method="contexts")
     context_BxNxnD = constrain(context_BxNxnD, "batch", "positions", "features")
     inputs = [
         pad_blocks(x, size)
@@ -117,6 +114,43 @@ def next_logits(
         return model.apply({"params": params}, *chunk, method="decode_blocks")
 
     return of_blocks
+
+
+def contexts(
+    model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
+) -> jax.Array:
+    """Return context embeddings `[B, N, n * D]`, of a vanilla model its hidden states.
+
+    With a cache in int8 they are computed as in decoding, block by block over the cache.
+    """
+    if model.formulations.cache_dtype == "int8":
+        return cached_contexts(model, params, tokens_BxNxK, mask_BxNxK)
+    if model.config.kind == "vanilla":
+        tokens_BxNxK, mask_BxNxK = tokens_BxNxK[..., 0], mask_BxNxK[..., 0]
+        return model.apply({"params": params}, tokens_BxNxK, mask_BxNxK, method="hidden")
+    return model.apply({"params": params}, tokens_BxNxK, mask_BxNxK, method="contexts")
+
+
+def cached_contexts(
+    model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
+) -> jax.Array:
+    """Return `contexts`, block by block over the cache."""
+    if model.config.scan_layers:
+        model, params = for_decoding(model, params)
+    rows, blocks, _ = tokens_BxNxK.shape
+    real_BxN = mask_BxNxK.any(-1)
+
+    def extend(cache: Cache, index: jax.Array) -> tuple[Cache, jax.Array]:
+        block, mask = (
+            jax.lax.dynamic_slice_in_dim(x, index, 1, axis=1) for x in (tokens_BxNxK, mask_BxNxK)
+        )
+        seen_BxN = real_BxN & (jnp.arange(blocks) < index)
+        arguments = (block, mask, jnp.full(rows, index), cache, index, seen_BxN)
+        context_Bx1xnD, cache = model.apply({"params": params}, *arguments, method="extend")
+        return cache, context_Bx1xnD[:, 0]
+
+    _, context_NxBxnD = jax.lax.scan(extend, model.create_cache(rows, blocks), jnp.arange(blocks))
+    return context_NxBxnD.swapaxes(0, 1)
 
 
 def pad_blocks(x_BxM: jax.Array, size: int) -> jax.Array:

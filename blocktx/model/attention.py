@@ -14,12 +14,12 @@ from blocktx.ops import (
     attend_short,
     attend_splash,
     choose_attention,
-    fits_cudnn,
     fits_products,
     fits_short,
     fits_splash,
     rotary,
     rotary_by_product,
+    why_not_cudnn,
 )
 from blocktx.parallel import constrain
 
@@ -149,8 +149,10 @@ class Attention(nn.Module):
         q_TxD, k_TxE, v_TxE = self._projected(x_TxD)
         formulations = self.config.formulations
         rotate_q, rotate_k, attend_to = choose_attention(formulations, *mask_TxS.shape, self.stack)
-        cache = cache.write(rotate_k(k_TxE, position_T), v_TxE, slot)
-        y_TxD = attend_to(rotate_q(q_TxD, position_T), cache.k_SxE, cache.v_SxE, mask_TxS)
+        tile = formulations.cache_write == "tile"
+        cache = cache.write(rotate_k(k_TxE, position_T), v_TxE, slot, tile)
+        q_TxD = rotate_q(q_TxD, position_T)
+        y_TxD = attend_to(q_TxD, cache.k_SxE, cache.v_SxE, mask_TxS, *cache.scales)
         return self._project_out(y_TxD), cache
 
     def rotated(self, x_TxD: jax.Array, position_T: jax.Array) -> tuple[jax.Array, ...]:
@@ -227,9 +229,14 @@ class Attention(nn.Module):
 
 def uses_cudnn(config: ModelConfig, stack: StackConfig) -> bool:
     """Return whether self-attention over a whole sequence is by cuDNN."""
-    causal = config.embeddings_per_block == 1
-    chosen = config.formulations.self_attention == "cudnn"
-    return chosen and causal and fits_cudnn(stack, config.compute_dtype)
+    return config.formulations.self_attention == "cudnn" and not cudnn_problem(config, stack)
+
+
+def cudnn_problem(config: ModelConfig, stack: StackConfig) -> str:
+    """Return why self-attention over a whole sequence cannot be by cuDNN; empty if it can."""
+    if config.embeddings_per_block > 1:
+        return f"cuDNN's is causal, and embeddings_per_block is {config.embeddings_per_block}"
+    return why_not_cudnn(stack, config.compute_dtype)
 
 
 def _out(config: ModelConfig, stack: StackConfig) -> nn.DenseGeneral:

@@ -20,7 +20,7 @@ import jax
 
 from blocktx.config import BlockConfig, Formulations
 from blocktx.model.block_decoder import BlockDecoder, extend_axes
-from blocktx.model.cache import Cache, create_cache
+from blocktx.model.cache import Cache, cache_dtype, create_cache
 from blocktx.model.embedder import Embedder
 from blocktx.model.layers import over_batch, over_blocks
 from blocktx.model.token_decoder import TokenCache, TokenDecoder
@@ -86,7 +86,8 @@ class BlockTransformer(nn.Module):
     def create_cache(self, batch: int, slots: int) -> Cache:
         """Return an empty cache for up to `slots` blocks a row."""
         slots *= self.config.embeddings_per_block
-        return create_cache(self.config.block_decoder, batch, slots, self.config.compute_dtype)
+        dtype = cache_dtype(self.config, self.formulations)
+        return create_cache(self.config.block_decoder, batch, slots, dtype)
 
     def extend(
         self,

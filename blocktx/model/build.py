@@ -1,5 +1,7 @@
 """Models from their configuration, and their parameters."""
 
+import functools
+import logging
 from typing import Any
 
 import flax.linen as nn
@@ -8,23 +10,35 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, Sharding
 
 from blocktx.config import ModelConfig
+from blocktx.model.attention import cudnn_problem
 from blocktx.model.block_transformer import BlockTransformer
 from blocktx.model.sharding import shardings
 from blocktx.model.vanilla import Vanilla
 
 Model = BlockTransformer | Vanilla
 
+_log = logging.getLogger("blocktx.model")
+
 
 def build(config: ModelConfig) -> Model:
     """Return the module that `config` describes.
 
     Its `formulations` are those of the backend, but for the ones chosen by hand. Its `config` is
-    `config`.
+    `config`. A warning is logged once if they name cuDNN's attention and it does not apply.
     """
     platform = jax.default_backend() if config.platform == "auto" else config.platform
     formulations = config.formulations.resolved(platform)
+    if formulations.self_attention == "cudnn":
+        stack = config.block_decoder if config.kind == "block" else config.decoder
+        _log_fallback(cudnn_problem(config, stack))
     cls = BlockTransformer if config.kind == "block" else Vanilla
     return cls(config, formulations)
+
+
+@functools.cache
+def _log_fallback(problem: str) -> None:
+    if problem:
+        _log.warning("attention over whole sequences stores all scores: %s", problem)
 
 
 def abstract_params(config: ModelConfig, place: Mesh | AbstractMesh | Sharding) -> dict[str, Any]:

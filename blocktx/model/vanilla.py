@@ -11,7 +11,7 @@ import jax
 
 from blocktx.config import Formulations, VanillaConfig
 from blocktx.model.block_decoder import BlockDecoder, extend_axes
-from blocktx.model.cache import Cache, create_cache
+from blocktx.model.cache import Cache, cache_dtype, create_cache
 from blocktx.model.layers import classifier, embedding, over_batch
 from blocktx.parallel import constrain
 
@@ -56,7 +56,8 @@ class Vanilla(nn.Module):
         )
 
     def create_cache(self, batch: int, slots: int) -> Cache:
-        return create_cache(self.config.decoder, batch, slots, self.config.compute_dtype)
+        dtype = cache_dtype(self.config, self.formulations)
+        return create_cache(self.config.decoder, batch, slots, dtype)
 
     def extend(
         self,

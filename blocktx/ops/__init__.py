@@ -18,10 +18,10 @@ from blocktx.ops.attention_kernels import (
     attend_cudnn,
     attend_short,
     attend_splash,
-    fits_cudnn,
     fits_products,
     fits_short,
     fits_splash,
+    why_not_cudnn,
 )
 from blocktx.ops.cross_entropy import cross_entropy_sum
 from blocktx.ops.gelu import gelu
@@ -36,7 +36,6 @@ __all__ = [
     "attend_splash",
     "choose_attention",
     "cross_entropy_sum",
-    "fits_cudnn",
     "fits_products",
     "fits_short",
     "fits_splash",
@@ -46,4 +45,5 @@ __all__ = [
     "rotary",
     "rotary_by_head",
     "rotary_by_product",
+    "why_not_cudnn",
 ]

@@ -20,9 +20,13 @@ def fits_splash(positions: int) -> bool:
     return positions >= SPLASH_TILE
 
 
-def fits_cudnn(stack: StackConfig, dtype: str) -> bool:
-    """Return whether `attend_cudnn` applies."""
-    return dtype == "bfloat16" and stack.head_size % 8 == 0 and stack.head_size <= 128
+def why_not_cudnn(stack: StackConfig, dtype: str) -> str:
+    """Return why `attend_cudnn` does not apply; empty if it does."""
+    if dtype != "bfloat16":
+        return f"cuDNN takes bfloat16, and compute_dtype is {dtype}"
+    if stack.head_size % 8 or stack.head_size > 128:
+        return f"cuDNN takes heads of 8, 16, ... 128 channels, and these have {stack.head_size}"
+    return ""
 
 
 def fits_products(positions: int) -> bool:

@@ -7,6 +7,7 @@
 So the tokens after a context of a block or more get the scores of `blocktx.lm_eval`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,10 @@ class PromptScorer:
     def __init__(self, engine: Engine, top: int):
         """Prepare the scorer; `top` is the number of most likely tokens."""
         self._engine, self._top = engine, top
+        # Prompts are prefilled without reading the cache, so its dtype does not matter.
+        formulations = engine.model.formulations
+        formulations = dataclasses.replace(formulations, cache_dtype="compute_dtype")
+        self._model = engine.model.clone(formulations=formulations)
         self._config = engine.config.model
 
     @property
@@ -72,7 +77,7 @@ class PromptScorer:
         shape = (1, blocks, block)
         with use_mesh(engine.mesh):
             scores = _score(
-                engine.model,
+                self._model,
                 engine.params,
                 tokens_T.reshape(shape),
                 mask_T.reshape(shape),

@@ -17,7 +17,7 @@ from blocktx.compile.aot import DoesNotFit, _Compilation, compile_decoding, comp
 from blocktx.compile.report import table
 from blocktx.compile.topology import find_topology
 from blocktx.config.distill import DistillConfig
-from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
+from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig, with_cache_dtype
 from blocktx.config.run import MeshConfig, RunConfig, TrainingConfig
 from blocktx.model.build import build, init_params
 
@@ -185,6 +185,29 @@ def test_int8_weights_halve_what_decoding_reads():
     assert int8.memory["parameters"] - table_bytes < 0.6 * weights
     assert int8.bytes_accessed < 0.65 * plain.bytes_accessed
     assert int8.counted_bytes == plain.counted_bytes
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_cache_in_int8_is_read_as_integers():
+    """In a cache that does not fit on the chip: no copy of it takes away what it saves."""
+    stack = StackConfig(layers=2, width=768, heads=12)
+    model = dataclasses.replace(BLOCK, context_length=2176, block_decoder=stack)
+    plain, int8 = (
+        compile_decoding(
+            dataclasses.replace(RUN, model=with_cache_dtype(model, kind)),
+            find_topology("v5e:1x1"),
+            "decode",
+            batch_size=64,
+            context=model.context_length,
+        )
+        for kind in (None, "int8")
+    )
+    saved = plain.memory["cache"] - int8.memory["cache"]
+    assert saved > 0.45 * plain.memory["cache"]
+    assert plain.bytes_accessed - int8.bytes_accessed > 0.9 * saved
+    assert plain.counted_bytes - int8.counted_bytes == saved
+    assert int8.cycle_seconds < plain.cycle_seconds
 
 
 @needs_libtpu

@@ -13,6 +13,7 @@ from blocktx.command_line import read_config
 from blocktx.compile import aot
 from blocktx.compile.aot import compile_decoding, compile_train_step
 from blocktx.compile.topology import find_topology
+from blocktx.config.model import with_cache_dtype
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,9 +61,11 @@ def test_training_step_holds_neither_scores_nor_logits(name, texts):
     assert report.memory["temporaries"] <= ALLOWED[name] * TPU_MIB[name] * MIB
 
 
-def test_decoding_moves_little_more_than_weights_and_cache():
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_decoding_moves_little_more_than_weights_and_cache(cache_dtype):
     config = read_config(f"{PAPER}:block_170m")
-    config = dataclasses.replace(config, model=with_room(config.model, 2176))
+    model = with_cache_dtype(with_room(config.model, 2176), cache_dtype)
+    config = dataclasses.replace(config, model=model)
     topology = find_topology("h100:1")
     report = compile_decoding(config, topology, "decode", batch_size=256, context=2176)
     assert report.bytes_accessed <= 1.5 * report.counted_bytes

@@ -1,8 +1,11 @@
 """The samplers: what is drawn, how often, and from which seed."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from blocktx.decode.sampler import log_probability, sample
 from blocktx.decode.sampling import Sampling, SamplingConfig
@@ -89,6 +92,30 @@ def test_sampled_frequencies(drawn, temperature, top_k, top_p, min_p):
 def test_limits_are_greedy(platform, options):
     assert (draw(50, platform, **options) == PLACES[LOGITS.argmax()]).all()
     assert (draw(50, platform, temperature=1e-6) == PLACES[LOGITS.argmax()]).all()
+
+
+def predicates(branch):
+    """Branches of the conditions that a host would read, without those inside of branches."""
+    found = []
+    for equation in branch.eqns:
+        if equation.primitive.name == "cond":
+            found.append(equation.params["branches"])
+        else:
+            for inner in jaxprs_in_params(equation.params):
+                found += predicates(inner)
+    return found
+
+
+def test_conditions_that_a_host_reads(platform):
+    """One for greedy rows, two for rows that are drawn from all tokens."""
+    sampling = Sampling.create(rows=2)
+    traced = jax.make_jaxpr(functools.partial(sample, formulation=platform))
+    (branches,) = predicates(traced(np.zeros((2, 260)), sampling, np.zeros(2, int)).jaxpr)
+    greedy, draw = (predicates(branch.jaxpr) for branch in branches)
+    assert greedy == []
+    ((unfiltered, filtered),) = draw
+    assert predicates(unfiltered.jaxpr) == []
+    assert len(predicates(filtered.jaxpr)) == 3
 
 
 def test_greedy_is_the_first_of_equals(platform):

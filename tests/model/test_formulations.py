@@ -12,7 +12,7 @@ from blocktx.config.model import BlockConfig, VanillaConfig
 from blocktx.config.run import LossConfig
 from blocktx.config.stack import StackConfig
 from blocktx.decode.generate import generate
-from blocktx.model.build import build
+from blocktx.model.build import _log_fallback, build
 from blocktx.train.loss import training_sums
 from tests.helpers.random_weights import random_params
 
@@ -34,7 +34,7 @@ def choices() -> list[tuple[str, str]]:
     """Every formulation that is not the plain one, by field."""
     found = []
     for field, hint in typing.get_type_hints(Formulations).items():
-        if field in ("pallas", "prefill_positions", "loss_tokens"):
+        if field in ("pallas", "cache_dtype", "cache_write", "prefill_positions", "loss_tokens"):
             continue
         plain = getattr(PLAIN, field)
         found += [(field, x) for x in typing.get_args(hint) if x not in ("auto", plain)]
@@ -118,6 +118,33 @@ def test_building_does_not_change_the_config():
     assert model.formulations == Formulations().resolved(jax.default_backend())
     other = build(dataclasses.replace(config, platform="tpu"))
     assert other.formulations.self_attention == "splash"
+
+
+def attention_records(config, caplog):
+    """Of building a model for a GPU twice."""
+    caplog.clear()
+    for _ in range(2):
+        build(dataclasses.replace(config, platform="gpu"))
+    return [record.getMessage() for record in caplog.records if record.name == "blocktx.model"]
+
+
+def test_attention_without_cudnn_is_logged_once(caplog):
+    _log_fallback.cache_clear()
+    fits = dataclasses.replace(MODELS["neox"], compute_dtype="bfloat16")
+    odd = StackConfig.llama(1, 96, 8)  # of 12 channels
+    assert attention_records(fits, caplog) == []
+    for config, problem in [
+        (MODELS["neox"], "cuDNN takes bfloat16, and compute_dtype is float32"),
+        (dataclasses.replace(fits, block_decoder=odd), "channels, and these have 12"),
+        (
+            dataclasses.replace(fits, embeddings_per_block=2),
+            "causal, and embeddings_per_block is 2",
+        ),
+    ]:
+        (message,) = attention_records(config, caplog)
+        assert message.endswith(problem)
+        assert message.startswith("attention over whole sequences stores all scores: ")
+    assert attention_records(dataclasses.replace(fits, token_decoder=odd), caplog) == []
 
 
 @pytest.mark.parametrize("leading", [0, 5])

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from blocktx.config.errors import UserError
-from blocktx.config.model import BlockConfig, EmbedderConfig, VanillaConfig
+from blocktx.config.model import (
+    BlockConfig,
+    EmbedderConfig,
+    VanillaConfig,
+    with_cache_dtype,
+)
 from blocktx.config.stack import StackConfig
 from blocktx.decode.generate import generate
 from blocktx.evaluate.heldout import evaluate
@@ -117,6 +122,16 @@ def test_loss_of_a_trained_model_hardly_changes(trained):
     assert plain < 0.8 * np.log2(model.config.vocab_size) / 4  # it has learned something
     assert int8 == pytest.approx(plain, rel=0.005)
     assert int8 != plain
+
+
+def test_loss_of_a_trained_model_hardly_changes_with_a_cache_in_int8(trained):
+    model, params, batches = trained
+    rounded = build(with_cache_dtype(model.config, "int8"))
+    plain, int8 = (evaluate(m, params, batches, 4.0).bits_per_byte for m in (model, rounded))
+    assert int8 == pytest.approx(plain, rel=0.005)
+    assert int8 != plain
+    both = evaluate(rounded, quantize(model.config, params, "int8"), batches, 4.0).bits_per_byte
+    assert both == pytest.approx(plain, rel=0.005)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Every formulation of attention to a cache against softmax attention written out in numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from blocktx.config.formulations import Formulations
 from blocktx.config.stack import RotaryScaling, StackConfig
+from blocktx.ops import attention
 from blocktx.ops.attention import (
     ATTENTION,
     attend_by_products,
@@ -30,7 +33,7 @@ def reference(q, k, v, mask, heads, kv_heads):
     return np.concatenate(out, axis=1)
 
 
-def by_products(q_TxD, k_SxE, v_SxE, mask_TxS, heads, kv_heads):
+def by_products(q_TxD, k_SxE, v_SxE, mask_TxS, *, heads, kv_heads):
     q, k, v = (
         x.reshape(len(x), n, -1) for x, n in ((q_TxD, heads), (k_SxE, kv_heads), (v_SxE, kv_heads))
     )
@@ -57,14 +60,45 @@ def test_formulations_equal_softmax_attention(name, queries, slots, heads, kv_he
     mask = rng.random((queries, slots)) < 0.6
     mask[:, 0] = True
     mask[-1] = False  # a query that may see nothing sees all alike
-    attend = ATTENTION.get(name, by_products)
+    attend = functools.partial(ATTENTION.get(name, by_products), heads=heads, kv_heads=kv_heads)
     with jax.default_matmul_precision("float32"):
-        got = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask, heads, kv_heads)
+        got = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
     np.testing.assert_allclose(got, reference(q, k, v, mask, heads, kv_heads), atol=2e-5)
-    low = attend(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), mask, heads, kv_heads)
+    low = attend(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), mask)
     assert low.dtype == jnp.bfloat16
     exact = reference(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), mask, heads, kv_heads)
     np.testing.assert_allclose(low.astype(np.float32), exact, atol=0.12)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_integers_with_scales_are_what_they_stand_for(name, kv_heads):
+    rng, heads, size = np.random.default_rng(0), 4, 8
+    q = rng.normal(size=(3, heads * size)).astype(np.float32)
+    k, v = rng.integers(-127, 128, (2, 19, kv_heads * size), np.int8)
+    scales = rng.uniform(0.005, 0.02, (2, 19, kv_heads)).astype(np.float32)
+    mask = rng.random((3, 19)) < 0.6
+    attend = functools.partial(ATTENTION[name], heads=heads, kv_heads=kv_heads)
+    exact = (x * np.repeat(scale, size, axis=1) for x, scale in zip((k, v), scales, strict=True))
+    expected = reference(q, *exact, mask, heads, kv_heads)
+    np.testing.assert_allclose(attend(q, k, v, mask, *scales), expected, atol=2e-5)
+    low = attend(jnp.asarray(q, jnp.bfloat16), k, v, mask, *scales)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(np.float32), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_heads_of_two_devices_are_those_of_one(platform, monkeypatch):
+    rng, stack = np.random.default_rng(0), StackConfig.llama(1, 32, 8, key_value_heads=4)
+    q = rng.normal(size=(1, 32)).astype(np.float32)
+    k, v = rng.integers(-127, 128, (2, 19, stack.kv_width), np.int8)
+    scales = rng.uniform(0.005, 0.02, (2, 19, 4)).astype(np.float32)
+    mask, found = rng.random((1, 19)) < 0.6, []
+    for parts in (1, 2):
+        monkeypatch.setattr(attention, "axis_parts", lambda axis, parts=parts: parts)
+        chosen = choose_attention(Formulations().resolved(platform), 1, 19, stack)
+        found.append(chosen[2](q, k, v, mask, *scales))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
 
 
 SCALINGS = [
