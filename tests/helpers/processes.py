@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
-    """Make Linux kill this process when the thread that has started it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _prepare() -> None:
+    """Make Linux kill this process when the thread that has started it ends.
+
+    Ctrl-C works in it, too: a shell starts what it puts in the background with SIGINT ignored.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -24,7 +29,7 @@ def started(commands: list[list[Any]], **options: Any) -> Iterator[list[subproce
     try:
         for command in commands:
             words = [str(word) for word in command]
-            processes.append(subprocess.Popen(words, preexec_fn=_die_with_parent, **options))
+            processes.append(subprocess.Popen(words, preexec_fn=_prepare, **options))
         yield processes
     finally:
         for process in processes:
