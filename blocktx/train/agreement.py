@@ -77,6 +77,13 @@ def require_agreement(facts: Mapping[str, object], problem: Exception | None = N
             )
 
 
+def of_first_process(value: bool) -> bool:
+    """Return the value that process 0 passes. All processes call this."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+
+
 def require_same_corpus_everywhere(corpus: Corpus) -> None:
     """Raise a UserError in all processes if they have read different documents."""
     mine = np.frombuffer(bytes.fromhex(corpus.digest), np.uint8)
