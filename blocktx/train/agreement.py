@@ -81,7 +81,7 @@ def of_first_process(value: bool) -> bool:
     """Return the value that process 0 passes. All processes call this."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+    return bool(np.ravel(multihost_utils.process_allgather(np.int32(value)))[0])
 
 
 def require_same_corpus_everywhere(corpus: Corpus) -> None:
