@@ -19,11 +19,7 @@ from blocktx.evaluate import heldout_evaluation
 from blocktx.files import write_atomic
 from blocktx.model import build
 from blocktx.parallel import HostRows, create_mesh
-from blocktx.train.agreement import (
-    of_first_process,
-    opened_run,
-    require_same_corpus_everywhere,
-)
+from blocktx.train.agreement import of_first_process, opened_run, require_same_corpus_everywhere
 from blocktx.train.interrupt import StopSignals, sigterm_raises
 from blocktx.train.metrics import MetricsWriter
 from blocktx.train.progress import Progress
