@@ -76,7 +76,7 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
     except _Failure as failure:
         if not is_storage_full(failure):
             raise
-        # After a failed write, TensorStore can block at the end, and other writes print more.
+        # Other writes that are under way would delay the end and print their errors after it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(failure.code)

@@ -52,6 +52,9 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=LatestN(config.training.keep_checkpoints),
                 cleanup_tmp_directories=True,
+                # If they are created later and that fails, threads that wait for them block the
+                # end of the process for five minutes.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
 

@@ -77,6 +77,13 @@ def require_agreement(facts: Mapping[str, object], problem: Exception | None = N
             )
 
 
+def of_first_process(value: bool) -> bool:
+    """Return the value that process 0 passes. All processes call this."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.ravel(multihost_utils.process_allgather(np.int32(value)))[0])
+
+
 def require_same_corpus_everywhere(corpus: Corpus) -> None:
     """Raise a UserError in all processes if they have read different documents."""
     mine = np.frombuffer(bytes.fromhex(corpus.digest), np.uint8)

@@ -19,11 +19,11 @@ from blocktx.evaluate import heldout_evaluation
 from blocktx.files import write_atomic
 from blocktx.model import build
 from blocktx.parallel import HostRows, create_mesh
-from blocktx.train.agreement import opened_run, require_same_corpus_everywhere
+from blocktx.train.agreement import of_first_process, opened_run, require_same_corpus_everywhere
 from blocktx.train.interrupt import StopSignals, sigterm_raises
 from blocktx.train.metrics import MetricsWriter
 from blocktx.train.progress import Progress
-from blocktx.train.report import complete_run, plot_or_warn
+from blocktx.train.report import complete_run, is_evaluated, plot_or_warn
 from blocktx.train.run_lock import RunLock
 from blocktx.train.start import (
     check_special_tokens,
@@ -186,6 +186,12 @@ def _train(
                     Progress(writer, config, start) as progress,
                     StepTrace(workdir / "profile", profile) as trace,
                 ):
+                    due = start > 0 and start % config.training.evaluate_every == 0
+                    if due and evaluate_heldout is not None:
+                        # The run may have ended between this step and its evaluation.
+                        done = is_primary and is_evaluated(workdir, start)
+                        if not of_first_process(done):
+                            writer.write(start, evaluate_heldout(start, state.params))
                     while step < steps and not stopping():
                         trace.before(step, state)
                         with progress.input():

@@ -1,4 +1,4 @@
-"""The last evaluation and the plot of a run, whatever has interrupted it."""
+"""Evaluations and the plot of a run, whatever has interrupted it."""
 
 import sys
 
@@ -10,14 +10,18 @@ from blocktx.train.metrics import MetricsWriter, read
 
 def complete_run(workdir: epath.Path, step: int, heldout: dict[str, float] | None) -> None:
     """Write the last evaluation and the plot of a finished run if they are missing."""
-    lines = read(workdir) if (workdir / "metrics.jsonl").exists() else []
-    evaluated = any(line["step"] == step and "heldout/loss" in line for line in lines)
-    missing = heldout is not None and not evaluated
+    missing = heldout is not None and not is_evaluated(workdir, step)
     if missing:
         with MetricsWriter(workdir, after_step=step) as writer:
             writer.write(step, heldout)
     if missing or not (workdir / "loss.png").exists():
         plot_or_warn(workdir)
+
+
+def is_evaluated(workdir: epath.Path, step: int) -> bool:
+    """Return whether metrics.jsonl has the evaluation of this step."""
+    lines = read(workdir) if (workdir / "metrics.jsonl").exists() else []
+    return any(line["step"] == step and "heldout/loss" in line for line in lines)
 
 
 def plot_or_warn(workdir: epath.Path) -> None:

@@ -121,8 +121,9 @@ def resumed_state(
     if resumed.data.get("packing") != PACKING:
         raise UserError(
             f"{workdir}: the run was saved by a blocktx with another packing of documents, which "
-            "cannot be continued; begin a new run with its parameters: "
-            f"--config.training.init_from={workdir}"
+            "cannot be continued; begin a new run with its parameters, by the same command with "
+            f"another --workdir, without --resume, with --config.training.init_from={workdir} "
+            f"--config.data.tokenizer={workdir / 'tokenizer.json'}"
         )
     if resumed.data.get("corpus") != corpus.digest:
         raise UserError(

@@ -19,6 +19,7 @@ from absl import logging
 from blocktx.checkpoint.folder import FORMAT_VERSION, find
 from blocktx.checkpoint.params import load_params
 from tests.helpers.fake_devices import fake_devices
+from tests.helpers.processes import started
 from tests.helpers.saved_run import CONFIG, DATA, SHARDING, assert_same, new_params, restore, save
 
 
@@ -107,12 +108,12 @@ with Checkpoints(sys.argv[1], CONFIG) as checkpoints:
 
 def test_save_cut_off_by_sigkill(workdir):
     root = pathlib.Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", KILLED, workdir], cwd=root)
-    while not list((workdir / "checkpoints").glob("9*")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with started([[sys.executable, "-c", KILLED, workdir]], cwd=root) as (process,):
+        while not list((workdir / "checkpoints").glob("9*")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert load_params(workdir).step == 3
     assert restore(workdir).step == 3
 

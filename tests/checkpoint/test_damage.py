@@ -1,9 +1,12 @@
 """Changes of a finished checkpoint are found, and an older whole one is used in its place."""
 
+import errno
 import json
+import os
 import pathlib
 import random
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -225,3 +228,24 @@ def test_a_full_disk_is_one_clear_error(workdir, monkeypatch):
     refused = pytest.raises(UserError, match=r"no space left for a checkpoint; last whole.*3; make")
     with Checkpoints(workdir, CONFIG) as checkpoints, refused:
         checkpoints.save(4, new_params(), {}, {})
+
+
+@pytest.mark.parametrize("folder", ["4.", "opt_state."])
+def test_a_folder_that_cannot_be_created_leaves_no_thread(folder, workdir, monkeypatch):
+    """Such a thread would block the end of any program that trains."""
+    mkdir, before = os.mkdir, set(threading.enumerate())
+
+    def full(path, *args, **options):
+        if pathlib.Path(path).name.startswith(folder):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        mkdir(path, *args, **options)
+
+    refused = pytest.raises(UserError, match=r"no space left for a checkpoint; last whole.*3; make")
+    with refused, monkeypatch.context() as patch, Checkpoints(workdir, CONFIG) as checkpoints:
+        patch.setattr(os, "mkdir", full)
+        checkpoints.save(4, new_params(), {"count": jnp.ones(2)}, {})
+    left = [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+    for thread in left:
+        thread.join(10)
+    assert not [thread for thread in left if thread.is_alive()]
+    assert find(workdir).name == "3"

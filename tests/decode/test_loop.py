@@ -1,4 +1,4 @@
-"""What the jitted loop promises besides its tokens (for those see test_decoding.py)."""
+"""What the jitted loop promises besides its tokens (for those see test_generate.py)."""
 
 import dataclasses
 import functools
@@ -87,6 +87,28 @@ def test_placement_does_not_change_a_prompt_of_whole_blocks():
     whole, real = PROMPTS[:, :8], REAL[:, :8]
     np.testing.assert_array_equal(run(whole, real, placement="force"), run(whole, real))
     assert (run(placement="force") != run()).any()
+
+
+def test_prefill_and_loop_in_a_program_of_the_caller():
+    """`generate` cannot be traced. The functions below it can, and their state is a pytree."""
+    options = dict(max_new_tokens=12, placement="pad", pad_id=0)
+    prompts = layout_prompts(PROMPTS, REAL, NET.config, **options)
+    sampling = Sampling.create(SamplingConfig(temperature=0), rows=len(prompts.end_B))
+
+    @jax.jit
+    def complete(params, prompts, sampling, blocks):
+        state = prefill(NET, params, prompts)
+        state = decode_blocks(NET, params, state, sampling, 1, 0)
+        return decode_blocks(NET, params, state, sampling, blocks, 0)
+
+    state = complete(PARAMS, prompts, sampling, 1)
+    assert not state.finished_B[:3].any()
+    state = decode_blocks(NET, PARAMS, state, sampling, 100, 0)
+    assert state.finished_B.all()
+    row_BxT = np.asarray(state.tokens_BxSxK).reshape(len(prompts.end_B), -1)
+    begin_B, wanted_BxM = prompts.begin_B, run(temperature=0)
+    got_BxM = np.stack([row_BxT[b, begin_B[b] : begin_B[b] + 12] for b in range(3)])
+    np.testing.assert_array_equal(got_BxM, wanted_BxM)
 
 
 def begin(max_new_tokens=64, **options):

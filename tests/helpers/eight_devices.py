@@ -1,6 +1,7 @@
-"""What tests do on eight devices, which needs a process of its own: `run("losses", "block")`."""
+"""Functions of tests on eight devices, in a process of their own: `run("losses", "block")`."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 
 from tests.helpers.fake_devices import fake_devices
+from tests.helpers.processes import started
 
 MESHES = {
     "data": dict(data=8, fsdp=1),
@@ -17,26 +19,22 @@ MESHES = {
 }
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """Calls a function below on eight fake devices."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.eight_devices", *arguments],
-        cwd=pathlib.Path(__file__).parents[2],
-        env=os.environ | fake_devices(8),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result(process: subprocess.Popen):
-    """What the function returned."""
-    out, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, out
-    return json.loads(out.splitlines()[-1])
-
-
 def run(*arguments: str):
-    return result(start(*arguments))
+    """Return what a function below returns on eight fake devices."""
+    return run_together(arguments)[0]
+
+
+def run_together(*calls: tuple[str, ...]) -> list:
+    """Return the results of several calls, each in a process of its own."""
+    commands = [[sys.executable, "-m", "tests.helpers.eight_devices", *call] for call in calls]
+    options = dict(cwd=pathlib.Path(__file__).parents[2], env=os.environ | fake_devices(8))
+    results = []
+    with started(commands, **options, stdout=subprocess.PIPE, text=True) as processes:
+        for process in processes:
+            out, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, out
+            results.append(json.loads(out.splitlines()[-1]))
+    return results
 
 
 def _model(kind: str):
@@ -147,8 +145,13 @@ def kernels(family: str) -> dict[str, list]:
     return found | {"one device": run("tpu", one), "plain": run("cpu", one)}
 
 
-def engine(workdir: str) -> dict[str, str]:
-    """What the engine of a run writes, on a mesh and on one device."""
+def engine(workdir: str) -> dict[str, list[str] | int]:
+    """Return what a run's engine writes on a mesh and on one device.
+
+    Beside it, the largest number of pieces into which a parameter is sharded.
+    """
+    import jax
+
     import blocktx
     from blocktx.config.run import MeshConfig
     from blocktx.parallel.sharding import create_mesh
@@ -158,6 +161,10 @@ def engine(workdir: str) -> dict[str, str]:
         loaded = blocktx.load(workdir, place)
         options = dict(max_new_tokens=12, temperature=0)
         found[name] = loaded.generate(["block token", "cache"], **options)
+        found[f"pieces, {name}"] = max(
+            x.size // math.prod(x.sharding.shard_shape(x.shape))
+            for x in jax.tree.leaves(loaded.params)
+        )
     return found
 
 

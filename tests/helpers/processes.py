@@ -1,20 +1,27 @@
 """Processes that end with the test that has started them, whatever happens to it."""
 
 import contextlib
-import ctypes
-import signal
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with_parent() -> None:
-    """Make Linux kill this process when the thread that has started it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+# Becomes the command. A `preexec_fn` would do the same after a fork of this process, which can
+# deadlock because of JAX's threads. Linux kills the process when the thread that has started it
+# ends. A shell starts what it puts in the background with SIGINT ignored, and Python ignores
+# SIGPIPE.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):  # it ended before
+    sys.exit(1)
+for number in (signal.SIGINT, signal.SIGPIPE):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 @contextlib.contextmanager
@@ -23,8 +30,9 @@ def started(commands: list[list[Any]], **options: Any) -> Iterator[list[subproce
     processes: list[subprocess.Popen] = []
     try:
         for command in commands:
-            words = [str(word) for word in command]
-            processes.append(subprocess.Popen(words, preexec_fn=_die_with_parent, **options))
+            launcher = [sys.executable, "-IS", "-c", _LAUNCHER, str(os.getpid())]
+            words = [*launcher, *map(str, command)]
+            processes.append(subprocess.Popen(words, **options))
         yield processes
     finally:
         for process in processes:

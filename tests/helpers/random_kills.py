@@ -3,13 +3,13 @@
     python -m tests.helpers.random_kills --kills=30 --terms=20 --folder=/tmp/kills
 
 Each process is forked from this one, which has imported everything and used no device. Moments are
-spread over the whole life of a process, and more densely over the time after its first step.
+spread over the whole life of a process, and more densely over the time after its first step. The
+same command continues after an interruption.
 """
 
 import argparse
 import collections
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -20,79 +20,118 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from blocktx.checkpoint import load_params
 from blocktx.checkpoint.digest import measure
+from blocktx.config.run import DataConfig
+from blocktx.files import write_atomic
 from blocktx.train.loop import train
 from blocktx.train.metrics import read
 from tests.helpers.tiny_run import run_config, write_corpus
 
 PATIENCE = 3000  # seconds
+SIGNALS = 4  # to a run, at most: runs are compared when they have ended
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--terms", type=int, default=3)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=3, help="number of SIGKILLs")
+    parser.add_argument("--terms", type=int, default=3, help="number of SIGTERMs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=pathlib.Path, required=True)
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="of the runs")
     args = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", str(args.folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    args.folder.mkdir(parents=True)
-    data = write_corpus(args.folder)
-    rng = random.Random(args.seed)
-    left = [signal.SIGKILL] * args.kills + [signal.SIGTERM] * args.terms
+    args.folder.mkdir(parents=True, exist_ok=True)
+    file = args.folder / "progress.json"
+    if not file.exists():
+        write_atomic(file, json.dumps(begin(args.folder)))
+    progress = json.loads(file.read_text())
+    counts = collections.Counter(progress["counts"])
+    left = [signal.SIGKILL] * (args.kills - counts["SIGKILL"])
+    left += [signal.SIGTERM] * (args.terms - counts["SIGTERM"])
+    rng = random.Random(f"{args.seed} {progress['runs']}")
     rng.shuffle(left)
-
-    run = Run(args.folder / "never", data)  # compiles, so its times are not those of others
-    run.start()
-    assert run.end() == 0, run.log.read_text()
-    wanted = run.result()
-    run = Run(args.folder / "warm", data)
-    run.start()
-    begin = time.monotonic()
-    run.wait_for_first_step()
-    first = time.monotonic() - begin
-    run.end()
-    whole = time.monotonic() - begin
-    assert run.result() == wanted
-    print(f"a process takes {whole:.1f} s, {first:.1f} s to its first step", flush=True)
-
-    counts, runs = collections.Counter(), 0
     while left:
-        run, runs = Run(args.folder / f"run{runs}", data), runs + 1
-        while True:
-            run.start()
-            if left:
-                if rng.random() < 0.6:
-                    run.wait_for_first_step()
-                    time.sleep(rng.uniform(0, 1.1 * (whole - first)))
-                else:
-                    time.sleep(rng.uniform(0, whole))
-                if run.signal(left[-1]):
-                    counts[left.pop().name] += 1
-            code = run.end()
-            counts[f"code {code}"] += 1
-            assert code in (0, 143, -signal.SIGKILL), f"{code}: {run.log.read_text()}"
-            if code == 0:
-                break
-        assert run.result() == wanted, run.folder
-        print(f"{runs} runs, {dict(counts)}", flush=True)
-        shutil.rmtree(run.folder)
-    print(f"{runs} runs are bitwise equal to one that was never killed: {dict(counts)}")
+        folder = args.folder / f"run{progress['runs']}"
+        shutil.rmtree(folder, ignore_errors=True)
+        run = Run(folder, args.folder / "corpus")
+        interrupt(run, left, progress["seconds"], rng, counts)
+        assert run.result() == progress["wanted"], run.folder
+        progress |= {"runs": progress["runs"] + 1, "counts": counts}
+        write_atomic(file, json.dumps(progress))
+        print(f"{progress['runs']} runs, {len(left)} signals left, {dict(counts)}", flush=True)
+        shutil.rmtree(folder)
+    print(f"{progress['runs']} runs are bitwise equal to one that was never killed: {dict(counts)}")
+
+
+def begin(folder: pathlib.Path) -> dict[str, Any]:
+    """Train two runs that nothing interrupts: the first compiles, the second is measured."""
+    for name in ("corpus", "never", "warm"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    write_corpus(folder)
+    results = []
+    for name in ("never", "warm"):
+        run = Run(folder / name, folder / "corpus")
+        start = time.monotonic()
+        run.start()
+        run.wait_for_first_step()
+        first = time.monotonic() - start
+        assert run.end() == 0, run.log.read_text()
+        whole = time.monotonic() - start
+        results.append(run.result())
+    assert results[0] == results[1]
+    print(f"a process takes {whole:.1f} s, {first:.1f} s to its first step", flush=True)
+    seconds = {"whole": whole, "first": first}
+    return {"runs": 0, "counts": {}, "wanted": results[0], "seconds": seconds}
+
+
+def interrupt(
+    run: "Run",
+    left: list[signal.Signals],
+    seconds: dict[str, float],
+    rng: random.Random,
+    counts: collections.Counter,
+) -> None:
+    """Start a run's process and end it by a signal of `left`, until a process ends by itself.
+
+    `seconds` follow the load of the machine, so that moments stay within the life of a process.
+    """
+    sent = 0
+    while True:
+        start = time.monotonic()
+        run.start()
+        if left and sent < SIGNALS:
+            if rng.random() < 0.6:
+                run.wait_for_first_step()
+                seconds["first"] = time.monotonic() - start
+                time.sleep(rng.uniform(0, 1.1 * max(0, seconds["whole"] - seconds["first"])))
+            else:
+                time.sleep(rng.uniform(0, seconds["whole"]))
+            if run.signal(left[-1]):
+                counts[left.pop().name] += 1
+                sent += 1
+        code = run.end()
+        counts[f"code {code}"] += 1
+        assert code in (0, 143, -signal.SIGKILL), f"{code}: {run.log.read_text()}"
+        if code == 0:
+            seconds["whole"] = time.monotonic() - start
+            return
 
 
 class Run:
     """A run and its process."""
 
-    def __init__(self, folder: pathlib.Path, data):
+    def __init__(self, folder: pathlib.Path, corpus: pathlib.Path):
         folder.mkdir()
         self.folder, self.log = folder, folder / "log"
         # Its own cache: tokenization is interrupted, too.
-        data = dataclasses.replace(data, cache_dir=str(folder / "cache"))
+        data = DataConfig(source=str(corpus), holdout_every=2, cache_dir=str(folder / "cache"))
         settings = dict(steps=12, checkpoint_every=2, evaluate_every=6)
         self.config = run_config(data, **settings)
 

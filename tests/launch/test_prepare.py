@@ -12,6 +12,7 @@ import time
 import pytest
 
 from blocktx.data.tokenizer import Tokenizer
+from tests.helpers.processes import started
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = [f"word{i}" for i in range(500)]
@@ -28,26 +29,21 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def start(inputs, output, *flags, **options):
+def preparing(inputs, output, *flags):
+    """Start a preparation, for a `with` block."""
     command = [
         *(sys.executable, "launch/prepare.py", f"--source={inputs}/*.jsonl"),
         *(f"--output={output}", "--part_megabytes=1", "--workers=2"),
     ]
     if not any(flag.startswith("--tokenizer") for flag in flags):
         command.append(f"--tokenizer={inputs}/tokenizer.json")
-    return subprocess.Popen(
-        [*command, *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return started([[*command, *flags]], cwd=ROOT, **pipes)
 
 
 def run(*arguments):
-    process = start(*arguments)
-    out, err = process.communicate(timeout=300)
+    with preparing(*arguments) as (process,):
+        out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -72,12 +68,10 @@ def wanted(inputs, tmp_path_factory):
 
 def kill_and_finish(inputs, wanted, folder, delay):
     """SIGKILL alone reaches the parent; its workers notice that it is gone."""
-    process = start(inputs, folder)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    process.stderr.close()
+    with preparing(inputs, folder) as (process,):
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     end = time.monotonic() + 60
     while True:  # a worker may have the lock for as long as it lives
         code, _, err = run(inputs, folder)

@@ -1,13 +1,15 @@
 """`launch/restart.sh` around a command that ends as it is told."""
 
-import functools
 import pathlib
 import signal
 import subprocess
 
 import pytest
 
+from tests.helpers.processes import started
+
 ROOT = pathlib.Path(__file__).parents[2]
+PATIENCE = 60  # seconds
 # Takes the code of each run from the lines of a file, and notes what it was called with.
 COMMAND = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$(dirname "$0")/calls"
@@ -18,7 +20,7 @@ case $code in
     trap 'sleep 0.3; echo saved; exit 143' TERM
     trap 'exit 130' INT
     echo started
-    while :; do sleep 0.05; done ;;
+    while kill -0 $PPID; do sleep 0.05; done ;;
   kill) kill -KILL $$ ;;
   *) exit "${code:-0}" ;;
 esac
@@ -91,16 +93,10 @@ def test_long_runs_do_not_count(command):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_is_passed_on_and_waited_for(number, code, command):
     write_codes(command, 134, "wait", 0)
-    process = subprocess.Popen(
-        restart(command),
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell starts what it puts in the background with SIGINT ignored, and so a whole suite.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout.readline() == "started\n"
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=10)
+    with started([restart(command)], stdout=subprocess.PIPE, text=True) as (process,):
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == code
     assert out == ("saved\n" if number == signal.SIGTERM else "")
     assert len(calls(command)) == 2
@@ -108,10 +104,11 @@ def test_signal_is_passed_on_and_waited_for(number, code, command):
 
 def test_signal_between_two_runs(command):
     write_codes(command, 134, 0)
-    process = subprocess.Popen(restart("--backoff=60", command), stderr=subprocess.PIPE, text=True)
-    assert "in 60 seconds" in process.stderr.readline()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    waiting = restart(f"--backoff={10 * PATIENCE}", command)
+    with started([waiting], stderr=subprocess.PIPE, text=True) as (process,):
+        assert f"in {10 * PATIENCE} seconds" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert len(calls(command)) == 1
 

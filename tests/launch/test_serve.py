@@ -16,6 +16,7 @@ import pytest
 
 from blocktx.checkpoint.params import save_params
 from tests.helpers import served
+from tests.helpers.processes import started
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Some seconds of work for four rows.
@@ -39,18 +40,9 @@ def command(script: str, *arguments: object) -> list[str]:
 def serving(folder, *arguments):
     """The process of a server and its address."""
     flags = [f"--checkpoint={folder / 'run'}", "--rows=4", "--blocks_per_call=1", *arguments]
-    process = subprocess.Popen(
-        command("serve", *flags),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with started([command("serve", *flags)], cwd=ROOT, **pipes) as (process,):
         yield process, process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.communicate(timeout=30)
 
 
 def read(url: str, accepted: threading.Semaphore) -> str:

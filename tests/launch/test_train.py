@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.helpers.processes import started
 from tests.helpers.tiny_run import write_corpus
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -119,22 +120,14 @@ def test_help():
 
 def test_ctrl_c_saves_and_ends_with_130(config_file, tmp_path):
     flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
-    process = subprocess.Popen(
-        command(*flags, "--config.training.steps=100000"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    long = command(*flags, "--config.training.steps=100000")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with started([long], cwd=ROOT, **pipes) as (process,):
         for line in process.stdout:
             if line.startswith("step=10 "):
                 process.send_signal(signal.SIGINT)
                 break
         out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-        process.wait()
     assert process.returncode == 130, err
     assert "stopped by SIGINT and saved at step" in out
     assert "--resume" in out

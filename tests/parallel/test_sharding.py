@@ -30,8 +30,9 @@ def mesh(data=1, fsdp=1, tensor=1):
 
 @pytest.fixture(scope="module")
 def losses():
-    running = {kind: eight_devices.start("losses", kind) for kind in ("block", "llama", "vanilla")}
-    return {kind: eight_devices.result(process) for kind, process in running.items()}
+    kinds = ("block", "llama", "vanilla")
+    found = eight_devices.run_together(*(("losses", kind) for kind in kinds))
+    return dict(zip(kinds, found, strict=True))
 
 
 @pytest.mark.parametrize("name", eight_devices.MESHES)
@@ -64,6 +65,9 @@ def test_engine_on_a_mesh(finished):
     found = eight_devices.run("engine", str(finished[1]))
     assert found["mesh"] == found["one device"]
     assert any(found["mesh"])
+    # Not by fsdp, from which they would be gathered for every token.
+    assert found["pieces, mesh"] == eight_devices.MESHES["mixed"]["tensor"] == 2
+    assert found["pieces, one device"] == 1
 
 
 def test_a_run_goes_on_from_mesh_to_mesh(data, tmp_path):

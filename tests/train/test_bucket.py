@@ -10,7 +10,8 @@ from etils import epath
 
 import blocktx
 from blocktx.checkpoint.folder import has_checkpoint
-from blocktx.checkpoint.params import load_params
+from blocktx.checkpoint.params import load_params, load_tokenizer
+from blocktx.checkpoint.safetensors import write
 from blocktx.files import AppendLog, copy_folder, write_atomic
 from blocktx.train.loop import train
 from blocktx.train.metrics import read
@@ -83,6 +84,17 @@ def test_engine_and_first_parameters_from_a_bucket(interrupted, data, tmp_path):
         optimizer=dict(learning_rate=1e-30),
     )
     assert_same(train(config, tmp_path / "run").params, state.params)  # nothing is learned
+
+
+def test_an_export_in_a_bucket(finished, bucket, tmp_path):
+    _, workdir, _ = finished
+    run, tokenizer = load_params(workdir), workdir / "tokenizer.json"
+    write(tmp_path / "export", run.params, run.config, step=run.step, tokenizer=tokenizer)
+    copy_folder(tmp_path / "export", bucket / "export")
+    loaded = load_params("gs://bucket/export")
+    assert (loaded.config, loaded.step) == (run.config, run.step)
+    assert_same(loaded.params, run.params)
+    assert load_tokenizer(loaded).fingerprint == load_tokenizer(run).fingerprint
 
 
 def test_half_a_save_is_no_checkpoint(interrupted, bucket):

@@ -284,6 +284,29 @@ def test_killed_during_the_last_evaluation(finished, tmp_path):
     assert (tmp_path / "run" / "loss.png").exists()
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_killed_before_an_evaluation_on_the_way_was_written(written, finished, tmp_path):
+    """After the checkpoint of step 2. A run that is resumed has each evaluation once."""
+    config, _, _ = finished
+    training = dataclasses.replace(config.training, evaluate_every=2)
+    config, workdir = dataclasses.replace(config, training=training), tmp_path / "run"
+    train(config, workdir)
+
+    def evaluations():
+        return [(x["step"], x["heldout/loss"]) for x in read(workdir) if "heldout/loss" in x]
+
+    wanted = evaluations()
+    assert [step for step, _ in wanted] == [2, 4]
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    if not written:
+        file = workdir / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:2]))  # of steps 1 and 2
+    train(config, workdir, resume=True)
+    assert evaluations() == wanted
+    assert [line["step"] for line in read(workdir) if "train/loss" in line] == [1, 2, 3, 4]
+
+
 def test_the_same_texts_at_another_path(finished, tmp_path):
     config, workdir, wanted = finished
     shutil.copytree(workdir, tmp_path / "run")
@@ -342,17 +365,21 @@ def test_tokens_outside_the_vocabulary_are_refused(finished, tmp_path, monkeypat
         train(config, tmp_path / "run")
 
 
+def with_encoder(kind, **ids):
+    encoder = EncoderConfig(layers=1, width=32, heads=4, **ids)
+    return dict(embedder=EmbedderConfig(kind=kind, encoder=encoder))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(kind="encoder", encoder=dict(pad_id=2)), r"encoder\.pad_id: got 2, .* use 1$"),
-        (dict(kind="cls", encoder=dict(cls_id=66)), r"encoder\.cls_id: 66 is the token of the te"),
+        (with_encoder("encoder", pad_id=2), r"encoder\.pad_id: got 2, .* use 1$"),
+        (with_encoder("cls", cls_id=66), r"encoder\.cls_id: 66 is the token of the te"),
+        (dict(conditioning="summation", bos_id=66), r"model\.bos_id: 66 is the token of the text"),
     ],
 )
 def test_ids_that_are_not_the_tokenizers(fields, message, data, tmp_path):
-    encoder = EncoderConfig(layers=1, width=32, heads=4, **fields.pop("encoder"))
-    embedder = EmbedderConfig(encoder=encoder, **fields)
-    model = dataclasses.replace(MODEL, embedder=embedder)
+    model = dataclasses.replace(MODEL, **fields)
     with pytest.raises(UserError, match=message):
         train(dataclasses.replace(run_config(data), model=model), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -25,7 +25,6 @@ CONFIG = """
 import os, pathlib, sys, time
 sys.path.insert(0, {tests!r})
 from blocktx.config import DataConfig, to_config_dict
-from tests.helpers.processes import started
 from tests.helpers.tiny_run import run_config
 
 rename = os.rename
@@ -145,7 +144,8 @@ def test_two_processes_train_as_one(folder, alone):
 def test_killed_in_the_middle_of_a_save(folder, alone):
     """What is there is the save before, from which two processes go on, or one."""
     (folder / "stop_at_6").touch()
-    with Run(folder, "killed") as run:
+    evaluate = "--config.training.evaluate_every=4"
+    with Run(folder, "killed", evaluate) as run:
         run.wait_for((folder / "stopped").exists)
         for process in run.processes:
             process.send_signal(signal.SIGKILL)
@@ -156,12 +156,14 @@ def test_killed_in_the_middle_of_a_save(folder, alone):
     assert find(run.workdir).name == "4"
     shutil.copytree(run.workdir, folder / "killed_one")
     with (
-        Run(folder, "killed", "--resume") as two,
-        Run(folder, "killed_one", "--resume", processes=1) as one,
+        Run(folder, "killed", "--resume", evaluate) as two,
+        Run(folder, "killed_one", "--resume", evaluate, processes=1) as one,
     ):
         assert (two.codes(), one.codes()) == ([0, 0], [0]), two.log() + one.log()
     for resumed in (one, two):
         assert_same_losses(resumed.workdir, alone)
+        evaluated = [line["step"] for line in read(resumed.workdir) if "heldout/loss" in line]
+        assert evaluated == [4, 8]  # that of step 4 not again
         assert find(resumed.workdir).name == "8"
 
 

@@ -14,6 +14,7 @@ from blocktx.config.errors import UserError
 from blocktx.train import run_lock
 from blocktx.train.loop import train
 from blocktx.train.run_lock import RunLock
+from tests.helpers.processes import started
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLDER = """
@@ -36,10 +37,8 @@ def test_a_second_run_is_refused_and_disturbs_nothing(finished):
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, tmp_path / "run"], cwd=ROOT, stdout=subprocess.PIPE
-    )
-    try:
+    command = [sys.executable, "-c", HOLDER, tmp_path / "run"]
+    with started([command], cwd=ROOT, stdout=subprocess.PIPE) as (process,):
         assert process.stdout.readline() == b"locked\n"
         with pytest.raises(UserError, match=f"process {process.pid} on {socket.gethostname()}"):
             RunLock(tmp_path / "run").__enter__()
@@ -48,9 +47,6 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
         assert (tmp_path / "run" / ".lock").exists()
         with RunLock(tmp_path / "run"):
             pass
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_folders_that_stay_empty_are_removed(tmp_path):
@@ -79,8 +75,8 @@ def test_a_heartbeat_keeps_others_out(heartbeats, tmp_path):
 
 @pytest.mark.parametrize("host", ["elsewhere", socket.gethostname()])
 def test_a_heartbeat_that_has_stopped_is_taken_over(heartbeats, host, tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
+    with started([["true"]]) as (dead,):
+        pass
     (tmp_path / ".lock").write_text(json.dumps({"id": "x", "host": host, "pid": dead.pid}))
     with RunLock(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
