@@ -75,6 +75,19 @@ def test_row_of_a_ragged_batch_is_what_it_is_alone(engine):
     assert len(set(together)) > 1
 
 
+def test_weights_and_cache_in_int8(trained, engine):
+    rounded = blocktx.load(trained[0], quantize="int8", cache_dtype="int8")
+    assert rounded.model.formulations.cache_dtype == "int8"
+    assert rounded.model.create_cache(1, 4)[0].k_SxE.dtype == np.int8
+    options = dict(max_new_tokens=4, temperature=0, return_logprobs=True)
+    for rows in (4, 2):  # a batch, and continuously
+        pairs = [model.generate(PROMPTS, rows=rows, **options) for model in (engine, rounded)]
+        for exact, near in zip(*pairs, strict=True):
+            np.testing.assert_allclose(near.logprobs[0], exact.logprobs[0], atol=0.02)
+    with pytest.raises(ValueError, match=r"^cache_dtype: got 'int3'; use one of"):
+        blocktx.load(trained[0], cache_dtype="int3")
+
+
 def test_text_is_what_the_tokens_say_up_to_the_end(engine, monkeypatch):
     """The prompts' tokens go in left-padded; what comes out ends before the end token."""
     tokenizer, given = engine.tokenizer, {}
