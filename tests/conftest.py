@@ -22,7 +22,7 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
     # XLA reads the variable at its first compilation. libtpu, which may be loaded later, would end
     # the process: it does not know the flag.
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} {FAST_COMPILATION}"
+    os.environ["XLA_FLAGS"] = f"{flags} {FAST_COMPILATION}".strip()
     jax.jit(lambda: 0)()
     os.environ["XLA_FLAGS"] = flags
 
