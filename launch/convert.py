@@ -48,6 +48,7 @@ from blocktx.convert import DTYPES, MeanEmbedder, Method, check_new, lengthen, u
 from blocktx.cost import count_params
 from blocktx.data import Tokenizer, read_tokenizer_files
 from blocktx.model import Model, build
+from blocktx.parallel import choose_backend
 
 _NO_TOKENIZER = "none"  # of --tokenizer
 
@@ -364,6 +365,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args([_with_dashes(arg) for arg in given])
+    choose_backend()
     try:
         args.run(args)
     except (ValueError, OSError) as error:

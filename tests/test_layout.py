@@ -33,7 +33,7 @@ IMPORTS: dict[str, str] = {
     "convert": "config model",
     "serve": "config model decode evaluate",
     "inspect_model": "config plotting progress_bar ops model",
-    "lm_eval": "progress_bar decode evaluate",
+    "lm_eval": "progress_bar parallel decode evaluate",
     "reproduce": "config plotting files chips cost parallel data ops model checkpoint decode "
     "evaluate train benchmark convert inspect_model",
     "command_line": "config parallel",

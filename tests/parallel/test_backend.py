@@ -1,5 +1,6 @@
 """Which platforms JAX is told, by what is installed and attached."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -50,6 +51,17 @@ def test_what_the_user_chose_is_kept(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("changed"))
     backend.choose_backend()
+
+
+def test_every_command_chooses():
+    root = pathlib.Path(backend.__file__).parents[2]
+    programs = [*root.glob("launch/*.py"), *root.glob("blocktx/**/__main__.py")]
+    assert len(programs) > 15
+    for path in programs:
+        if path.name == "draw_readme.py":  # does not compute
+            continue
+        code = path.read_text()
+        assert "command_line.run(" in code or "choose_backend()" in code, path
 
 
 def test_a_command_is_silent_with_libtpu_and_without_a_tpu():
