@@ -178,6 +178,10 @@ def _parse(argv: list[str]) -> list[str]:
             fail(_no_file(path))
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # absl has printed the help, and ends with 1
+        sys.exit(0)
+    except flags.UnrecognizedFlagError as error:
+        fail(f"{error}; see --help")
     except (AttributeError, KeyError) as error:  # an override of an unknown field
         fail(_unknown_field(argv, str(error)))
     except (flags.Error, OSError, ValueError, TypeError) as error:

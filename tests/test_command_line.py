@@ -86,6 +86,21 @@ def test_a_config_after_a_space_and_flags_of_jax(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: --config: there is no file 'nowhere.py'\n")
 
 
+def test_help_is_no_error():
+    command = [sys.executable, "launch/plot.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--output: The PNG file to write." in done.stdout
+
+
+def test_an_unknown_flag_points_to_the_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line._parse(["plot.py", "--nosuch=1"])
+    assert ended.value.code == 2
+    message = "error: Unknown command line flag 'nosuch'; see --help\n"
+    assert capsys.readouterr().err == message
+
+
 PROGRAM = """
 import asyncio, atexit, threading, time
 from blocktx import command_line
