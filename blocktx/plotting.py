@@ -110,6 +110,14 @@ def plain_axis(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
+def count_axis(axis: Axis) -> None:
+    """Write plain numbers at ticks, at integers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    plain_axis(axis)
+
+
 def log_axis(axis: Axis) -> None:
     """Make an axis logarithmic with plain numbers at ticks; call it after drawing."""
     from matplotlib.ticker import FixedLocator, NullLocator

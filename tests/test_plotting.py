@@ -42,6 +42,17 @@ def test_logarithmic_axes_have_plain_numbers(low, high, wanted):
         assert axis.get_scale() == "log"
 
 
+@pytest.mark.parametrize("steps", [3, 20, 2000])
+def test_counts_have_integers_at_ticks(steps):
+    figure, axes = plotting.new_figure()
+    axes.set(xlim=(0, steps))
+    plotting.count_axis(axes.xaxis)
+    figure.draw_without_rendering()
+    labels = _tick_labels(axes.xaxis)
+    assert len(labels) >= 3
+    assert all(label.replace(",", "").isdecimal() for label in labels)
+
+
 def test_base_2_axes_have_the_values_as_ticks():
     figure, axes = plotting.new_figure()
     plotting.draw_line(axes, [1, 2, 8, 2048], [1, 2, 3, 4], color=plotting.GREY)

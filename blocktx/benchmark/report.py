@@ -77,14 +77,15 @@ def plot(path: str | os.PathLike[str], results: Sequence[Result]) -> epath.Path:
 
 
 def _draw_by_batch(axes: Axes, results: Sequence[Result], colors: dict[str, str]) -> None:
+    bound = dict(linestyle=":", linewidth=1.2, marker="_", markersize=9)  # also for one batch size
     for model, color in colors.items():
         own = sorted((r for r in results if r.model == model), key=lambda r: r.batch_size)
         sizes, rates = [r.batch_size for r in own], [r.tokens_per_second for r in own]
         plotting.draw_line(axes, sizes, rates, color=color, label=model)
         bounds = [r.tokens_per_second / r.roofline_share for r in own if r.roofline_share]
         if len(bounds) == len(own):
-            axes.plot(sizes, bounds, color=color, linestyle=":", linewidth=1.2)
-    axes.plot([], [], color=plotting.GREY, linestyle=":", label="roofline")
+            axes.plot(sizes, bounds, color=color, **bound)
+    axes.plot([], [], color=plotting.GREY, label="roofline", **bound)
     axes.set(xlabel="batch size", ylabel="generated tokens per second")
     plotting.log2_axis(axes.xaxis, sorted({r.batch_size for r in results}))
     plotting.log_axis(axes.yaxis)

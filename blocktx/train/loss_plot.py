@@ -106,4 +106,4 @@ def _fit(axes: Axes, curves: list[Curve]) -> None:
     margin = 0.06 * (high - low) or 0.5
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(left=0)
-    plotting.plain_axis(axes.xaxis)
+    plotting.count_axis(axes.xaxis)

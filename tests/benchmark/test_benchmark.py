@@ -10,11 +10,11 @@ import jax
 import matplotlib.image
 import pytest
 
-from blocktx import cost
+from blocktx import cost, plotting
 from blocktx.benchmark import machine
 from blocktx.benchmark.candidates import Candidate, random_model, with_room
 from blocktx.benchmark.measure import Result
-from blocktx.benchmark.report import plot, table, write_json
+from blocktx.benchmark.report import _draw_by_batch, plot, table, write_json
 from blocktx.command_line import read_config
 from blocktx.config.model import BlockConfig, StackConfig
 
@@ -100,6 +100,14 @@ def test_table_json_and_plot(tmp_path):
     for name, shown in {"two.png": several, "one.png": [result("tiny", 1, 1.0)]}.items():
         assert plot(tmp_path / name, shown).read_bytes().startswith(b"\x89PNG")
     assert _width(tmp_path / "two.png") > 1.5 * _width(tmp_path / "one.png")
+
+
+def test_the_roofline_of_one_batch_size_is_visible():
+    axes = plotting.new_figure()[1]
+    _draw_by_batch(axes, [result("tiny", 1, 1.0)], {"tiny": plotting.BLOCK})
+    dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
+    (bound,) = [line for line in dotted if len(line.get_xdata())]  # not that of the legend
+    assert bound.get_marker() not in ("", "None", None)
 
 
 def _width(path):
