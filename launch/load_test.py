@@ -201,35 +201,30 @@ def table_row(found: dict[str, Any]) -> str:
 def plot(servers: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
     """Plot the time to the first token against throughput, a line for each server."""
     figure, axes = plotting.new_figure(
-        "Each point is one load", "tokens per second", "time to first token, p95, ms"
+        "Each point is one load", "tokens per second", "time to the first token, p95 (ms)"
     )
+    named = []
     for (label, found), color in zip(servers.items(), plotting.PALETTE, strict=False):
         points = sorted(
-            (one["tokens_per_second"], one["first_token_ms"]["p95"])
+            (one["tokens_per_second"], one["first_token_ms"]["p95"], one["load"])
             for one in found
             if one["first_token_ms"]["p95"] is not None
         )
         if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, "o-", color=color, label=label)
+            x, y, _ = zip(*points, strict=True)
+            plotting.draw_line(axes, x, y, color=color, label=label)
+            named += [(*point, color) for point in points]
     axes.set_ylim(bottom=0)
     plotting.legend(axes)
+    plotting.label_ends(axes, named)
     plotting.save(figure, path)
 
 
-def main() -> None:
-    import httpx
-
-    try:
-        models = httpx.get(f"{_URL.value.rstrip('/')}/models", timeout=10).json()
-        name = models["data"][0]["id"]
-    except (httpx.HTTPError, ValueError, LookupError) as error:
-        raise ValueError(f"--url: {_URL.value} does not answer /models: {error}") from None
-    flags.FLAGS.model = _MODEL.value or name
-    loads = [(rate, True) for rate in _RATE.value] + [(n, False) for n in _CONCURRENCY.value]
-    results = []
-    print(_HEADER, flush=True)
-    for text, poisson in loads or [("8", False)]:
+def _loads() -> list[tuple[float, bool]]:
+    """Return each load of the flags, and whether it is a rate. Raise a ValueError if one is bad."""
+    loads = []
+    given = [(rate, True) for rate in _RATE.value] + [(n, False) for n in _CONCURRENCY.value]
+    for text, poisson in given or [("8", False)]:
         try:
             load = float(text) if poisson else int(text)
         except ValueError:
@@ -237,6 +232,23 @@ def main() -> None:
         if not 0 < load < math.inf:
             flag = "rate" if poisson else "concurrency"
             raise ValueError(f"--{flag}: got {text!r}, must be greater than 0")
+        loads.append((load, poisson))
+    return loads
+
+
+def main() -> None:
+    import httpx
+
+    loads = _loads()
+    try:
+        models = httpx.get(f"{_URL.value.rstrip('/')}/models", timeout=10).json()
+        name = models["data"][0]["id"]
+    except (httpx.HTTPError, ValueError, LookupError) as error:
+        raise ValueError(f"--url: {_URL.value} does not answer /models: {error}") from None
+    flags.FLAGS.model = _MODEL.value or name
+    results = []
+    print(_HEADER, flush=True)
+    for load, poisson in loads:
         outcomes, seconds = asyncio.run(run(load, poisson))
         name = f"{load:g}/s" if poisson else f"{load} at once"
         results.append(summary(name, outcomes, seconds))

@@ -128,6 +128,7 @@ def test_mistake_is_one_line(folder, flags, message):
     ("flags", "message"),
     [
         (["--url=http://127.0.0.1:9"], "does not answer /models"),
+        (["--url=http://127.0.0.1:9", "--rate=2,fast"], "--rate: got 'fast'"),
     ],
 )
 def test_load_test_mistake_is_one_line(flags, message):
