@@ -89,9 +89,10 @@ def main() -> None:
     if manifest is None:
         print(f"task {_TASK.value} is done; the last task to end finishes {output}")
         return
+    shards = len(manifest.shards)
     print(
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens of {manifest.text_bytes:,} "
-        f"bytes in {len(manifest.shards)} shards"
+        f"bytes in {shards} {'shard' if shards == 1 else 'shards'}"
     )
     if manifest.bad_count:
         print(

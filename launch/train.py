@@ -97,6 +97,8 @@ def main() -> None:
         return
     workdir = epath.Path(_WORKDIR.value)
     print(f"checkpoints in {workdir / 'checkpoints'}, loss curve in {workdir / 'loss.png'}")
+    if profile:
+        print(f"trace for TensorBoard or xprof in {workdir / 'profile'}")
     print(f"python launch/generate.py --checkpoint={workdir} --prompt='...'")
 
 

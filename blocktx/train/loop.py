@@ -141,6 +141,8 @@ def _train(
                     corpus.tokenizer.save(workdir / "tokenizer.json")
                 write_atomic(workdir / "config.json", json.dumps(to_saved(config), indent=2) + "\n")
                 _print_summary(config, corpus, mesh)
+                if 0 < start < steps:
+                    print(f"resumed  after step {start} of {steps}", flush=True)
             evaluate_heldout = heldout_evaluation(config, model, corpus, mesh)
             if start >= steps:
                 if is_primary:

@@ -173,6 +173,7 @@ def test_longer_run_after_a_finished_one_is_exact(data, tmp_path, capsys):
     assert "held-out step" not in out
     run("parts", 3)
     parts = run("parts", 6, resume=True)
+    assert "resumed  after step 3 of 6" in capsys.readouterr().out
     assert_same((parts.params, parts.opt_state), (whole.params, whole.opt_state))
     assert parts.step == whole.step == 6
 
