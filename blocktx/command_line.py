@@ -30,7 +30,13 @@ _FOR_A_PERSON = (
 )
 
 
-def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool = False) -> None:
+def run(
+    main: Callable[[], None],
+    required: tuple[str, ...],
+    *,
+    restarted: bool = False,
+    flag_of: Mapping[str, str] | None = None,
+) -> None:
     """Parse the flags and run `main`. Exit with a code that says what happened.
 
     2: a mistake in the flags.
@@ -46,6 +52,8 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
       restarted: whether something like launch/restart.sh starts the program again unless it ends
         with 0, 1, 2 or 130. Unexpected ValueErrors and OSErrors, such as those of a network, are
         then no reason to stop.
+      flag_of: flags, such as --data, by the field of the configuration that they stand for. An
+        error message that begins with the field begins with the flag instead.
     """
     expected = _FOR_A_PERSON if restarted else (*_FOR_A_PERSON, ValueError, OSError)
 
@@ -66,7 +74,8 @@ def run(main: Callable[[], None], required: tuple[str, ...], *, restarted: bool 
         except Exception as error:
             if isinstance(error, expected) or is_storage_full(error):
                 logging.debug("%s", traceback.format_exc())
-                fail(str(error), code=1)
+                field, colon, problem = str(error).partition(":")
+                fail((flag_of or {}).get(field, field) + colon + problem, code=1)
             fail(traceback.format_exc(), code=70)
 
     if "jax_debug_nans" not in flags.FLAGS:

@@ -9,6 +9,7 @@ the chips' memory is an error that says by how much, and what would help.
 
 import dataclasses
 import json
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -90,7 +91,11 @@ def main() -> None:
             raise ValueError("--against: the model is a vanilla model itself")
         vanilla = equal_vanilla(configs[0].model)
         configs.append(dataclasses.replace(configs[0], model=vanilla))
-    reports = [_compile(config, topology) for config in configs]
+    reports = []
+    for config in configs:
+        what = f"{_PROGRAM.value} of the {config.model.kind} model for {_TOPOLOGY.value}"
+        print(f"compiling {what}; this takes minutes", file=sys.stderr, flush=True)
+        reports.append(_compile(config, topology))
     print(table(reports))
     if _JSON.value:
         text = json.dumps([report.to_dict() for report in reports], indent=2)

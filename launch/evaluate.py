@@ -279,4 +279,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=("checkpoint", "data"))
+    command_line.run(
+        main, required=("checkpoint", "data"), flag_of={"config.data.source": "--data"}
+    )

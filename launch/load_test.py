@@ -214,9 +214,10 @@ def plot(servers: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
             x, y, _ = zip(*points, strict=True)
             plotting.draw_line(axes, x, y, color=color, label=label)
             named += [(*point, color) for point in points]
+    axes.margins(y=0.15)  # room for names
     axes.set_ylim(bottom=0)
     plotting.legend(axes)
-    plotting.label_ends(axes, named)
+    plotting.label_ends(axes, named, lift=8)
     plotting.save(figure, path)
 
 

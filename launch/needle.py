@@ -81,4 +81,6 @@ def _percent(share: float) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=("checkpoint", "haystack"))
+    command_line.run(
+        main, required=("checkpoint", "haystack"), flag_of={"config.data.source": "--haystack"}
+    )

@@ -105,4 +105,8 @@ if __name__ == "__main__":
     # Not above: the processes that main starts import this file, and need no JAX.
     from blocktx import command_line
 
-    command_line.run(main, required=("source", "tokenizer", "output"))
+    command_line.run(
+        main,
+        required=("source", "tokenizer", "output"),
+        flag_of={"config.data.source": "--source", "config.data.tokenizer": "--tokenizer"},
+    )

@@ -69,6 +69,14 @@ def test_ctrl_c_and_programs_that_are_not_restarted(monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("error: prompt: is empty\n")
 
 
+def test_messages_name_the_flag_that_the_user_gave(monkeypatch, capsys):
+    flag_of = {"config.data.source": "--data"}
+    code_of(UserError("config.data.source: 'a:b' does not exist"), monkeypatch, flag_of=flag_of)
+    assert capsys.readouterr().err == "error: --data: 'a:b' does not exist\n"
+    code_of(UserError("see config.data.source: x"), monkeypatch, flag_of=flag_of)
+    assert capsys.readouterr().err == "error: see config.data.source: x\n"
+
+
 def launch(*arguments):
     command = [sys.executable, "launch/train.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -162,7 +162,8 @@ def load_tokenizer(loaded: Checkpoint, *, verify: bool = True) -> Tokenizer:
     file = tokenizer_file(loaded.path)
     if not file.exists():
         raise FileNotFoundError(
-            f"{file}: not found; a run's tokenizer stands beside its `checkpoints` folder"
+            f"{file}: not found; a run's tokenizer stands beside its `checkpoints` folder; "
+            "launch/convert.py add-tokenizer adds one"
         )
     if verify and loaded.tokenizer_digest not in (None, file_digest(file)):
         raise UserError(f"{file}: not the tokenizer that {loaded.path} was saved with; restore it")
