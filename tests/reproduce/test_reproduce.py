@@ -417,7 +417,7 @@ def test_frontier_interpolates_vanilla(base):
     found = study.find(results)
     # Halfway between two losses a line is, in logarithms, halfway between 100 and 400: at 200.
     assert [check.seen for check in found.checks[::2]] == ["block 4.0x"] * 2
-    assert verdicts(found) == ["agrees", "disagrees"] * 2  # no vanilla model is as fast
+    assert verdicts(found) == ["agrees", "undecided"] * 2  # no vanilla model is as fast
 
 
 def test_context_use_of_a_model_without_context_is_nothing(base, data):
