@@ -172,7 +172,7 @@ def test_decoding_on_four_chips_tells_them_nothing(model):
 @needs_libtpu
 @pytest.mark.slow
 def test_int8_weights_halve_what_decoding_reads():
-    """With few rows, almost all bytes are those of weights; logits and norms stay as they are."""
+    """With few rows, most other bytes than those of logits are of weights; norms stay as they are."""
     run = dataclasses.replace(RUN, model=dataclasses.replace(BLOCK, vocab_size=8192))
     plain, int8 = (
         compile_decoding(
@@ -183,7 +183,8 @@ def test_int8_weights_halve_what_decoding_reads():
     table_bytes = 2 * 8192 * (128 + 32)  # of both look-ups, which stay in bfloat16
     weights = plain.memory["parameters"] - table_bytes
     assert int8.memory["parameters"] - table_bytes < 0.6 * weights
-    assert int8.bytes_accessed < 0.65 * plain.bytes_accessed
+    logits_bytes = 4 * BLOCK.block_length * 2 * 8192  # read once for the greedy tokens of a block
+    assert int8.bytes_accessed - logits_bytes < 0.65 * (plain.bytes_accessed - logits_bytes)
     assert int8.counted_bytes == plain.counted_bytes
 
 
