@@ -172,7 +172,7 @@ def test_decoding_on_four_chips_tells_them_nothing(model):
 @needs_libtpu
 @pytest.mark.slow
 def test_int8_weights_halve_what_decoding_reads():
-    """With few rows, most other bytes than those of logits are of weights; norms stay as they are."""
+    """With few rows, most other bytes than those of logits are of weights."""
     run = dataclasses.replace(RUN, model=dataclasses.replace(BLOCK, vocab_size=8192))
     plain, int8 = (
         compile_decoding(
