@@ -4,6 +4,7 @@ import glob
 import importlib.util
 import os
 import pathlib
+import pkgutil
 import sys
 
 import jax
@@ -27,7 +28,7 @@ def choose_backend() -> None:
         _warn("an NVIDIA GPU", "cuda13")
     if tpu and not libtpu:
         _warn("a TPU", "tpu")
-    if libtpu and not tpu and not _installed("jax_plugins"):
+    if libtpu and not tpu and not has_other_plugins():
         jax.config.update("jax_platforms", "cuda,cpu" if gpu and cuda else "cpu")
 
 
@@ -40,6 +41,14 @@ def has_tpu() -> bool:
     """Return whether a PCI device is Google's; on their virtual machines a network card may be."""
     vendors = map(pathlib.Path, glob.glob("/sys/bus/pci/devices/*/vendor"))
     return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+
+
+def has_other_plugins() -> bool:
+    """Return whether a plugin of JAX is installed that is not NVIDIA's."""
+    if not _installed("jax_plugins"):
+        return False
+    folders = importlib.util.find_spec("jax_plugins").submodule_search_locations
+    return any(not m.name.startswith("xla_cuda") for m in pkgutil.iter_modules(folders))
 
 
 def _installed(name: str) -> bool:

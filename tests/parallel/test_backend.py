@@ -1,5 +1,6 @@
 """Which platforms JAX is told, by what is installed and attached."""
 
+import importlib.machinery
 import pathlib
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def unchosen():
         (["libtpu"], ["gpu"], "cpu", ".[cuda13]"),
         (["libtpu", "jax_cuda12_plugin"], ["gpu"], "cuda,cpu", ""),
         (["libtpu", "jax_cuda12_plugin"], [], "cpu", ""),
-        (["libtpu", "jax_plugins"], [], None, ""),
+        (["libtpu", "other"], [], None, ""),
         ([], ["tpu"], None, ".[tpu]"),
     ],
 )
@@ -37,6 +38,7 @@ def test_platforms(installed, attached, platforms, warning, unchosen, monkeypatc
     told = []
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(backend, "_installed", lambda name: name in installed)
+    monkeypatch.setattr(backend, "has_other_plugins", lambda: "other" in installed)
     monkeypatch.setattr(backend, "has_tpu", lambda: "tpu" in attached)
     monkeypatch.setattr(backend, "has_nvidia_gpu", lambda: "gpu" in attached)
     monkeypatch.setattr(jax.config, "update", lambda name, value: told.append((name, value)))
@@ -45,6 +47,19 @@ def test_platforms(installed, attached, platforms, warning, unchosen, monkeypatc
     printed = capsys.readouterr().err
     assert warning in printed
     assert bool(printed) == bool(warning)
+
+
+@pytest.mark.parametrize(
+    ("plugins", "other"), [([], False), (["xla_cuda13"], False), (["xla_cuda13", "metal"], True)]
+)
+def test_plugins_of_other_vendors(plugins, other, tmp_path, monkeypatch):
+    for name in plugins:
+        (tmp_path / "jax_plugins" / name).mkdir(parents=True)
+        (tmp_path / "jax_plugins" / name / "__init__.py").touch()
+    found = importlib.machinery.ModuleSpec("jax_plugins", None)
+    found.submodule_search_locations = [str(tmp_path / "jax_plugins")]
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: found)
+    assert backend.has_other_plugins() == other
 
 
 def test_what_the_user_chose_is_kept(monkeypatch):
