@@ -1,7 +1,9 @@
 """Progress of long work on stderr: a bar on a terminal, otherwise a line every few seconds."""
 
+import contextlib
 import io
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -9,6 +11,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 _LINE_EVERY = 10  # seconds, where stderr is not a terminal
+_DELAY = 2  # seconds of a call before its time is shown
 
 
 class ProgressBar(tqdm):
@@ -40,6 +43,33 @@ class ProgressBar(tqdm):
     def count(self, done: float) -> None:
         """Show that `done` of `total` are done."""
         self.update(int(done) - self.n)
+
+
+@contextlib.contextmanager
+def elapsed(what: str) -> Iterator[None]:
+    """Show on a terminal how long a call takes that reports no progress, such as a compilation.
+
+    The line appears after 2 seconds and is removed at the end.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    ended = threading.Event()
+
+    def show() -> None:
+        with ProgressBar(
+            desc=what, bar_format="{desc}: {elapsed}", leave=False, delay=_DELAY, miniters=0
+        ) as bar:
+            while not ended.wait(1):
+                bar.update(0)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def until_interrupted(

@@ -27,6 +27,7 @@ from blocktx.compile import (
 from blocktx.config import RunConfig
 from blocktx.files import write_atomic
 from blocktx.model import QUANTIZATIONS
+from blocktx.progress_bar import elapsed
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A Python file whose get_config() describes the run (see configs/)."
@@ -95,7 +96,8 @@ def main() -> None:
     for config in configs:
         what = f"{_PROGRAM.value} of the {config.model.kind} model for {_TOPOLOGY.value}"
         print(f"compiling {what}; this takes minutes", file=sys.stderr, flush=True)
-        reports.append(_compile(config, topology))
+        with elapsed("compiling"):
+            reports.append(_compile(config, topology))
     print(table(reports))
     if _JSON.value:
         text = json.dumps([report.to_dict() for report in reports], indent=2)

@@ -13,6 +13,7 @@ from blocktx import command_line
 from blocktx.benchmark import decode_throughput, equal_vanilla, random_model
 from blocktx.cost import count_params
 from blocktx.model import QUANTIZATIONS
+from blocktx.progress_bar import elapsed
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's folder (its newest checkpoint) or one step's."
@@ -65,35 +66,39 @@ def _compare(engine: blocktx.Engine, prompt_tokens: int, new_tokens: int) -> Non
         f"{'batch':>5}  {names[0]:>16}  {names[1]:>16}  {'ratio':>5}"
     )
     for batch_size in (1, 32):
-        block, vanilla = decode_throughput(
-            models, batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens
-        )
+        with elapsed("compiling and measuring"):
+            block, vanilla = decode_throughput(
+                models, batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+            )
         print(f"{batch_size:>5}  {block:>16.0f}  {vanilla:>16.0f}  {block / vanilla:>5.1f}")
 
 
 def main() -> None:
-    engine = blocktx.load(
-        _CHECKPOINT.value, quantize=_QUANTIZE.value, cache_dtype=_CACHE_DTYPE.value
-    )
+    with elapsed("loading"):
+        engine = blocktx.load(
+            _CHECKPOINT.value, quantize=_QUANTIZE.value, cache_dtype=_CACHE_DTYPE.value
+        )
     if _AGAINST.value and engine.config.model.kind != "block":
         raise ValueError("--against: the checkpoint is of a vanilla model itself")
     prompts = _PROMPT.value
     if _STREAM.value and len(prompts) > 1:
         raise ValueError(f"--stream: got {len(prompts)} prompts, prints one; leave it out")
-    result = engine.generate(
-        prompts[0] if _STREAM.value else prompts,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        min_p=_MIN_P.value,
-        seed=_SEED.value,
-        stop=_STOP.value,
-        placement=_PLACEMENT.value,
-        stream=_STREAM.value,
-    )
+    with elapsed("compiling and generating"):
+        result = engine.generate(
+            prompts[0] if _STREAM.value else prompts,
+            max_new_tokens=_MAX_NEW_TOKENS.value,
+            temperature=_TEMPERATURE.value,
+            top_k=_TOP_K.value,
+            top_p=_TOP_P.value,
+            min_p=_MIN_P.value,
+            seed=_SEED.value,
+            stop=_STOP.value,
+            placement=_PLACEMENT.value,
+            stream=_STREAM.value,
+        )
+        first = next(result, "") if _STREAM.value else ""
     if _STREAM.value:
-        for part in itertools.chain(prompts, result):
+        for part in itertools.chain(prompts, [first], result):
             print(part, end="", flush=True)
         print()
     else:

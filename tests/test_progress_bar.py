@@ -2,11 +2,12 @@
 
 import io
 import sys
+import time
 
 import pytest
 
 from blocktx import progress_bar
-from blocktx.progress_bar import ProgressBar, until_interrupted
+from blocktx.progress_bar import ProgressBar, elapsed, until_interrupted
 
 
 class Terminal(io.StringIO):
@@ -40,6 +41,28 @@ def test_a_terminal_is_redrawn(monkeypatch):
     with ProgressBar(total=2, mininterval=0) as bar:
         bar.update()
     assert "\r" in sys.stderr.getvalue()
+
+
+def test_a_terminal_shows_the_time_of_a_call_without_progress(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(progress_bar, "_DELAY", 0.5)
+    with pytest.raises(KeyboardInterrupt), elapsed("compiling"):
+        end = time.monotonic() + 30
+        while "compiling: 00:0" not in sys.stderr.getvalue() and time.monotonic() < end:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+    printed = sys.stderr.getvalue()
+    assert "compiling: 00:0" in printed
+    assert printed.split("\r")[-2].strip() == ""  # the line is removed
+
+
+@pytest.mark.parametrize(("stream", "delay"), [(Terminal, 60), (io.StringIO, 0)])
+def test_a_short_call_and_a_log_are_silent(stream, delay, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setattr(progress_bar, "_DELAY", delay)
+    with elapsed("compiling"):
+        time.sleep(0.01)
+    assert sys.stderr.getvalue().strip() == ""
 
 
 def growing(last, *, interrupted):
