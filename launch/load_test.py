@@ -8,7 +8,7 @@ Requests arrive at random (Poisson) at each --rate, or a fixed number is kept in
 answers have geometric lengths of mean --answer_mean and do not end earlier. Or --workload has both:
 a JSON object with "prompt" and "max_tokens" on each line.
 
-Needs httpx, of the extra `serve`.
+Needs httpx, of the extra `serve`. Ctrl-C prints and writes what was measured so far.
 """
 
 import asyncio
@@ -18,14 +18,15 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from blocktx import command_line, plotting
-from blocktx.progress_bar import ProgressBar
+from blocktx.files import write_atomic
+from blocktx.progress_bar import ProgressBar, until_interrupted
 
 _URL = flags.DEFINE_string("url", "http://127.0.0.1:8000/v1", "The API's base address.")
 _MODEL = flags.DEFINE_string("model", None, "Model to ask for. Default: the server's first.")
@@ -133,8 +134,11 @@ async def request(client: Any, body: dict[str, Any]) -> Outcome:
     return outcome
 
 
-async def run(load: float, poisson: bool) -> tuple[list[Outcome], float]:
-    """Return the outcomes at one rate or concurrency, and the seconds that they took."""
+async def run(load: float, poisson: bool) -> tuple[list[Outcome], float, bool]:
+    """Return the outcomes at one rate or concurrency, and the seconds that they took.
+
+    The last is False if Ctrl-C came; the outcomes are then those of the requests that had ended.
+    """
     import httpx
 
     bodies = workload(_REQUESTS.value)
@@ -142,21 +146,24 @@ async def run(load: float, poisson: bool) -> tuple[list[Outcome], float]:
     free = asyncio.Semaphore(len(bodies) if poisson else int(load))
     rng = np.random.default_rng(_SEED.value)
     delays = rng.exponential(1 / load, len(bodies)).cumsum() if poisson else np.zeros(len(bodies))
+    outcomes, finished = [], True
     async with httpx.AsyncClient(
         base_url=_URL.value.rstrip("/"), timeout=_TIMEOUT.value, limits=limits
     ) as client:
         begin = time.perf_counter()
         with ProgressBar(total=len(bodies), desc="load", unit=" requests") as bar:
 
-            async def one(body: dict[str, Any], delay: float) -> Outcome:
+            async def one(body: dict[str, Any], delay: float) -> None:
                 await asyncio.sleep(max(0, delay - (time.perf_counter() - begin)))
                 async with free:
-                    outcome = await request(client, body)
+                    outcomes.append(await request(client, body))
                 bar.update()
-                return outcome
 
-            outcomes = await asyncio.gather(*map(one, bodies, delays))
-        return outcomes, time.perf_counter() - begin
+            try:
+                await asyncio.gather(*map(one, bodies, delays))
+            except asyncio.CancelledError:  # by asyncio.run, at Ctrl-C
+                finished = False
+        return outcomes, time.perf_counter() - begin, finished
 
 
 def summary(load: str, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
@@ -237,6 +244,20 @@ def _loads() -> list[tuple[float, bool]]:
     return loads
 
 
+def _measured(loads: Sequence[tuple[float, bool]]) -> Iterator[list[dict[str, Any]]]:
+    """Print the figures of each load, and yield those of all so far."""
+    results = []
+    for load, poisson in loads:
+        outcomes, seconds, finished = asyncio.run(run(load, poisson))
+        if outcomes:
+            name = f"{load:g}/s" if poisson else f"{load} at once"
+            results.append(summary(name, outcomes, seconds))
+            print(table_row(results[-1]), flush=True)
+        yield results
+        if not finished:
+            raise KeyboardInterrupt
+
+
 def main() -> None:
     import httpx
 
@@ -247,30 +268,34 @@ def main() -> None:
     except (httpx.HTTPError, ValueError, LookupError) as error:
         raise ValueError(f"--url: {_URL.value} does not answer /models: {error}") from None
     flags.FLAGS.model = _MODEL.value or name
-    results = []
     print(_HEADER, flush=True)
-    for load, poisson in loads:
-        outcomes, seconds = asyncio.run(run(load, poisson))
-        name = f"{load:g}/s" if poisson else f"{load} at once"
-        results.append(summary(name, outcomes, seconds))
-        print(table_row(results[-1]), flush=True)
+    results, finished = until_interrupted(_measured(loads), lambda _: None)
+    if not finished:
+        print("interrupted: of the requests until then")
     errors = collections.Counter()
     for found in results:
         errors.update(found["errors"])
     if errors:
         print("errors: " + ", ".join(f"{count} {name}" for name, count in errors.items()))
-    if _OUTPUT.value:
+    if _OUTPUT.value and results:
         folder = pathlib.Path(_OUTPUT.value)
-        folder.mkdir(parents=True, exist_ok=True)
         label = _LABEL.value or _MODEL.value
-        whole = {"label": label, "url": _URL.value, "seed": _SEED.value, "loads": results}
-        (folder / "load_test.json").write_text(json.dumps(whole, indent=2) + "\n")
+        whole = {
+            "label": label,
+            "url": _URL.value,
+            "seed": _SEED.value,
+            "loads": results,
+            "finished": finished,
+        }
+        write_atomic(folder / "load_test.json", json.dumps(whole, indent=2) + "\n")
         servers = {label: results}
         for path in _AGAINST.value:
             other = json.loads(pathlib.Path(path).read_text())
             servers[other["label"]] = other["loads"]
         plot(servers, folder / "load_test.png")
         print(folder / "load_test.json", folder / "load_test.png")
+    if not finished:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

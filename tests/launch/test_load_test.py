@@ -1,0 +1,71 @@
+"""`launch/load_test.py` that Ctrl-C ends, against a server that stops answering."""
+
+import http.server
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+from tests.helpers.processes import started
+
+ROOT = pathlib.Path(__file__).parents[2]
+STREAM = (
+    b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choices": [{"text": "b"}]}\n\n'
+    b'data: {"choices": [], "usage": {"completion_tokens": 2}}\n\ndata: [DONE]\n\n'
+)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """An API that answers `left` requests, sets `hanging` at the next, and never answers it."""
+
+    daemon_threads = True
+
+    def __init__(self, left: int):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.left, self.hanging = left, threading.Event()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(json.dumps({"data": [{"id": "stub"}]}).encode())
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.server.left == 0:
+            self.server.hanging.set()
+            threading.Event().wait()
+        self.server.left -= 1
+        self.answer(STREAM)
+
+    def answer(self, body: bytes):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    """A whole load of three requests, and two requests of the next."""
+    with Server(left=5) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = [f"--url=http://127.0.0.1:{server.server_port}", "--concurrency=1,1"]
+        flags += ["--requests=3", f"--output={tmp_path}"]
+        command = [sys.executable, "launch/load_test.py", *flags]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with started([command], cwd=ROOT, **pipes) as (process,):
+            assert server.hanging.wait(60)
+            process.send_signal(signal.SIGINT)
+            printed, errors = process.communicate(timeout=60)
+        server.shutdown()
+    assert (process.returncode, errors) == (130, "error: interrupted\n")
+    assert "interrupted: of the requests until then" in printed
+    assert printed.count("1 at once") == 2
+    found = json.loads((tmp_path / "load_test.json").read_text())
+    assert [load["requests"] for load in found["loads"]] == [3, 2]
+    assert found["finished"] is False
+    assert (tmp_path / "load_test.png").exists()
