@@ -112,8 +112,6 @@ def _memory_limit() -> float:
 
 
 def _candidates(tokens: int) -> list[Candidate]:
-    if bool(_CONFIG.value) == bool(_CHECKPOINT.value):
-        raise ValueError("give either --config or --checkpoint; see --help")
     if _CHECKPOINT.value:
         if _AGAINST.value:
             raise ValueError("--against goes with --config; give a second --checkpoint instead")
@@ -171,6 +169,8 @@ def _rounds(candidates: list[Candidate], **shape: int) -> list[list[int]]:
 
 
 def main() -> None:
+    if bool(_CONFIG.value) == bool(_CHECKPOINT.value):
+        raise ValueError("give either --config or --checkpoint; see --help")
     prompt, new = _tokens()
     _batch_sizes()
     prepare_gpu(training=False)

@@ -65,7 +65,7 @@ def test_table_and_json(config):
         (["--setting=prefill_heavy", "--prompt=9"], "prefill_heavy is 2048; use --setting=custom"),
         (["--prompt=8", "--new=8", "--batch_sizes=1,x"], "--batch_sizes: got '1,x'"),
         (["--prompt=8", "--new=8", "--against=nothing"], "--config: KeyError: 'nothing'"),
-        (["--prompt=8", "--new=8", "--checkpoint=run"], "give either --config or --checkpoint"),
+        (["--checkpoint=run"], "give either --config or --checkpoint"),
         (["--prompt=8", "--new=8", "--memory_limit=1e-9"], "memory_limit: one needs"),
     ],
 )
