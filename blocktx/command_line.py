@@ -1,5 +1,6 @@
 """Shared code of the scripts in `launch/`: flags, exit codes, one-line error messages."""
 
+import difflib
 import importlib.machinery
 import importlib.util
 import os
@@ -190,7 +191,7 @@ def _parse(argv: list[str]) -> list[str]:
     except SystemExit:  # absl has printed the help, and ends with 1
         sys.exit(0)
     except flags.UnrecognizedFlagError as error:
-        fail(f"{error}; see --help")
+        fail(f"{error}{_similar_flag(error)}; see --help")
     except (AttributeError, KeyError) as error:  # an override of an unknown field
         fail(_unknown_field(argv, str(error)))
     except (flags.Error, OSError, ValueError, TypeError) as error:
@@ -199,6 +200,13 @@ def _parse(argv: list[str]) -> list[str]:
         fail(f"{lines[0].rstrip(':')}: {lines[-1]}" if "Traceback" in str(error) else str(error))
     except Exception as error:  # the config file is not Python, or raises
         fail(_config_problem(error))
+
+
+def _similar_flag(error: flags.UnrecognizedFlagError) -> str:
+    """Return a suggestion for --confg.a.b, of which absl compares the whole name with flags."""
+    first, dot, rest = error.flagname.partition(".")
+    close = difflib.get_close_matches(first, flags.FLAGS, n=1)
+    return f". Did you mean: {close[0]}.{rest} ?" if dot and close and close[0] != first else ""
 
 
 def _unknown_field(argv: list[str], problem: str) -> str:

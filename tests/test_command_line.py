@@ -109,6 +109,21 @@ def test_an_unknown_flag_points_to_the_help(capsys):
     assert capsys.readouterr().err == message
 
 
+def test_a_misspelt_config_is_named(monkeypatch, capsys):
+    known = flags.FlagValues()
+    flags.DEFINE_string("config", None, "", flag_values=known)
+    monkeypatch.setattr(flags, "FLAGS", known)
+    for given, hint in [
+        ("confg.training.steps", ". Did you mean: config.training.steps ?"),
+        ("nothing.like.it", ""),
+        ("config.training.steps", ""),  # of a program whose --config has no overrides
+    ]:
+        with pytest.raises(SystemExit):
+            command_line._parse(["plot.py", f"--{given}=1"])
+        message = f"error: Unknown command line flag '{given}'{hint}; see --help\n"
+        assert capsys.readouterr().err == message
+
+
 PROGRAM = """
 import asyncio, atexit, threading, time
 from blocktx import command_line
