@@ -5,8 +5,8 @@ r"""Convert models of other code to runs of blocktx, and back.
     python launch/convert.py to-hf --checkpoint=runs/smollm2 --output=DIR
     python launch/convert.py to-official --checkpoint=runs/block --output=DIR
 
-`hf` takes Llama, SmolLM2, Mistral, Qwen2.5, Qwen3, GPT-NeoX and Pythia. Give a run its tokenizer
-afterwards:
+`hf` takes Llama, SmolLM2, Mistral, Qwen2.5, Qwen3, GPT-NeoX and Pythia; `neox` and `to-neox` are
+older names of `hf` and `to-hf`. Give a run its tokenizer afterwards:
 
     python launch/convert.py add-tokenizer --checkpoint=runs/block --tokenizer=tokenizer.json \
         --output=runs/block-with-tokenizer
