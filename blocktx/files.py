@@ -44,7 +44,7 @@ def bucket_filesystem(field: str, path: epath.PathLike) -> Any:
       ValueError: gcsfs is not installed.
     """
     if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(f"{field}: {os.fspath(path)} needs gcsfs: pip install 'blocktx[gcs]'")
+        raise ValueError(f"{field}: {os.fspath(path)} needs gcsfs: pip install -e '.[gcs]'")
     import fsspec
 
     return fsspec.filesystem("gs", finalize_on_close=True)  # the instance that epath uses

@@ -2,8 +2,8 @@
 
     python launch/compile.py --config=configs/paper.py:block_1b4 --topology=v5e:16x16
 
-needs no TPU: pip install 'blocktx[aot]'. For GPUs, as in --topology=h100:8, it needs no GPU:
-pip install 'blocktx[gpu]'. Any field of the configuration can be overridden. What does not fit in
+needs no TPU: pip install -e '.[aot]'. For GPUs, as in --topology=h100:8, it needs no GPU:
+pip install -e '.[gpu]'. Any field of the configuration can be overridden. What does not fit in
 the chips' memory is an error that says by how much, and what would help.
 """
 

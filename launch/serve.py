@@ -2,7 +2,7 @@
 
 python launch/serve.py --checkpoint=runs/quickstart --port=8000 --rows=64
 
-Needs the extra `serve`: pip install blocktx[serve].
+Needs the extra `serve`: pip install -e '.[serve]'.
 """
 
 import logging
@@ -55,7 +55,7 @@ def main() -> None:
     try:
         from blocktx.serve import ServeConfig, serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; pip install 'blocktx[serve]'") from None
+        raise ValueError(f"{error.name} is not installed; pip install -e '.[serve]'") from None
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     path = pathlib.PurePath(_CHECKPOINT.value)
     serve(

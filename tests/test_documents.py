@@ -1,6 +1,7 @@
 """Commands, Python code, links and paths of the documents."""
 
 import ast
+import configparser
 import dataclasses
 import importlib.util
 import pathlib
@@ -180,6 +181,22 @@ def test_links_lead_somewhere(path):
             headings = re.findall(r"^#+ (.*)$", other.read_text(), re.M)
             anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
             assert anchor in anchors, target
+
+
+def test_extras_are_installed_from_the_clone():
+    """The package is not on PyPI, so `pip install 'blocktx[...]'` finds nothing."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = set(setup["options.extras_require"])
+    named = set()
+    for path in [*DOCUMENTS, *ROOT.glob("launch/*"), *ROOT.glob("blocktx/**/*.py")]:
+        if path.suffix in (".md", ".py", ".sh", ".ipynb"):
+            text = path.read_text()
+            assert not re.search(r"pip install '?blocktx\[", text), path
+            for found in re.findall(r"pip install (?:-q |--quiet )?-e '\.\[([\w,]+)\]'", text):
+                assert set(found.split(",")) <= extras, path
+                named |= set(found.split(","))
+    assert named >= {"demo", "gcs", "parquet", "hub", "aot", "serve"}
 
 
 def test_contributing_names_files_that_exist():

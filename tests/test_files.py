@@ -33,7 +33,7 @@ def test_bucket_that_cannot_be(monkeypatch):
     with pytest.raises(ValueError, match="gs:// names no bucket"):
         run_folder("gs://")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"gs://bucket/run needs gcsfs: pip install 'blocktx\[gcs"):
+    with pytest.raises(ValueError, match=r"gs://bucket/run needs gcsfs: pip install -e '\.\[gcs"):
         run_folder("gs://bucket/run")
 
 

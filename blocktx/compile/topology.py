@@ -91,7 +91,7 @@ def find_topology(name: str, target_config: str | os.PathLike[str] | None = None
 
 def _tpus(kind: str, shape: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("topology: the TPU compiler is missing; pip install 'blocktx[aot]'")
+        raise ValueError("topology: the TPU compiler is missing; pip install -e '.[aot]'")
     options = {}
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as on Cloud TPU
@@ -109,7 +109,7 @@ def _gpus(count: str, target: pathlib.Path) -> list[jax.Device]:
     plugins = importlib.util.find_spec("jax_plugins")
     names = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     if plugins is None or not any(importlib.util.find_spec(name) for name in names):
-        raise ValueError("topology: JAX's CUDA plugin is missing; pip install 'blocktx[gpu]'")
+        raise ValueError("topology: JAX's CUDA plugin is missing; pip install -e '.[gpu]'")
     described = topologies.get_topology_desc(
         platform="cuda",
         topology_name=count,

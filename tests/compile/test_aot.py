@@ -22,7 +22,7 @@ from blocktx.config.run import MeshConfig, RunConfig, TrainingConfig
 from blocktx.model.build import build, init_params
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'blocktx[aot]'"
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[aot]'"
 )
 SCRIPT = Path(__file__).parents[2] / "launch" / "compile.py"
 STACK = StackConfig(layers=1, width=128, heads=2)

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("jax_plugins") is None,
-        reason="the compiler for GPUs comes with JAX's CUDA plugin: pip install 'blocktx[gpu]'",
+        reason="the compiler for GPUs comes with JAX's CUDA plugin: pip install -e '.[gpu]'",
     ),
 ]
 PAPER = pathlib.Path(__file__).parents[2] / "configs" / "paper.py"

@@ -235,8 +235,8 @@ def test_missing_columns_and_values_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("source", "module", "match"),
     [
-        ("a.parquet", "pyarrow", r"pip install 'blocktx\[parquet\]'"),
-        ("hub:x", "datasets", r"pip install 'blocktx\[hub\]'"),
+        ("a.parquet", "pyarrow", r"pip install -e '\.\[parquet\]'"),
+        ("hub:x", "datasets", r"pip install -e '\.\[hub\]'"),
     ],
 )
 def test_missing_packages_name_the_extra(tmp_path, monkeypatch, source, module, match):

