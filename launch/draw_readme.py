@@ -28,8 +28,9 @@ _EMBED, _BLOCK_DECODER, _TOKEN_DECODER = "#e8eef7", "#cfe0f3", "#fbe0cc"
 
 def draw_model():
     """Return a figure of the three parts and of what they hand on."""
-    figure, axes = plotting.new_figure(width=7.4, height=4.5)
-    axes.set(xlim=(0, 12.6), ylim=(-0.3, 7.6), aspect="equal")
+    figure, axes = plotting.new_figure(width=7.4, height=4.15)
+    figure.get_layout_engine().set(w_pad=0, h_pad=0)
+    axes.set(xlim=(0, 12.6), ylim=(-0.15, 6.9), aspect="equal")
     axes.set_axis_off()
 
     def box(x, y, width, height, text, color, size=9):
@@ -83,7 +84,7 @@ def draw_model():
         axes.text(right, y, text, ha="left", va="center", fontsize=8.5, color="#444444")
     axes.text(
         0.15,
-        6.75,
+        6.45,
         "Each block of K = 4 tokens becomes one vector. Each context embedding is all that\n"
         "the token decoder knows of the blocks before the one that it writes.",
         fontsize=9,
