@@ -27,6 +27,7 @@ HEAT = "viridis"  # colour map of heat maps
 ATTENTION = "magma_r"  # of attention, most of which is near 0: white
 
 _DPI = 120
+_DASHES = ("-", (0, (4, 3)), ":", "-.")
 _LABEL_SIZE = 9
 
 
@@ -87,17 +88,32 @@ def draw_line(
     axes.errorbar(x, y, yerr=error, label=label or None, capsize=3, elinewidth=1.2, **style)
 
 
+def line_style(i: int) -> dict[str, Any]:
+    """Return the style of line `i` of several, for `draw_line`.
+
+    If lines are equal, all are visible: the later ones, above, have gaps and smaller points.
+    """
+    return dict(
+        color=PALETTE[i % len(PALETTE)],
+        linestyle=_DASHES[i % len(_DASHES)],
+        markersize=max(6.5 - 2 * i, 2.5),
+    )
+
+
 def draw_categories(
     axes: Axes, names: Sequence[str], values: Sequence[Sequence[float]], *, color: str = BLOCK
 ) -> None:
-    """Draw a dot for each value and a bar at the mean, for each named category.
+    """Draw dots of the values side by side and a bar at the mean, for each named category.
 
     Categories have no order, so no line joins them.
     """
     for i, of_category in enumerate(values):
         mean = sum(of_category) / len(of_category)
-        axes.hlines(mean, i - 0.25, i + 0.25, color=color, linewidth=2.5, zorder=3)
-        axes.plot([i] * len(of_category), of_category, "o", color=color, alpha=0.45, markersize=5)
+        axes.hlines(mean, i - 0.25, i + 0.25, color=color, alpha=0.4, linewidth=2.5, zorder=3)
+        style = dict(color=color, markersize=5, markeredgecolor="white", markeredgewidth=0.6)
+        count = len(of_category)
+        x = [i + min(0.1, 0.45 / count) * (j - (count - 1) / 2) for j in range(count)]
+        axes.plot(x, of_category, "o", zorder=4, **style)
     axes.set_xticks(range(len(names)), [plain(name) for name in names])
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.grid(axis="x", visible=False)

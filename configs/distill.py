@@ -18,6 +18,8 @@ and for distill.json and distill.png beside this file
 
     python configs/distill.py runs/distill
 
+which without a folder draws distill.json again.
+
 The source is of Llama type and of the quick start's size. A seed decides the order of the
 texts and, from scratch, the first parameters. What was measured is in blocktx/convert/README.md.
 
@@ -57,6 +59,7 @@ from blocktx.config import (
     to_config_dict,
 )
 
+_RESULTS = pathlib.Path(__file__).parent / "distill.json"
 STEPS = 1900  # of the source
 RUNS = "runs/distill"
 # Parameters that `blocktx.convert.uptrain` does not copy from the source.
@@ -153,9 +156,8 @@ def _from_folders(start: pathlib.Path, teacher: str, steps: int) -> RunConfig:
     )
 
 
-def report(folder: str) -> None:
-    """Write distill.json and distill.png from the runs of all seeds in a folder."""
-    from blocktx.plotting import draw_categories, new_figure, save
+def collect(folder: str) -> None:
+    """Write distill.json from the runs of all seeds in a folder."""
     from blocktx.train import read
 
     results: dict[str, dict[str, dict[str, float]]] = {}
@@ -169,8 +171,14 @@ def report(folder: str) -> None:
             seed = path.name.partition("-")[2] or "0"
             found = {name: last[f"heldout/{name}"] for name in ("loss", "bits_per_byte")}
             results.setdefault(kind, {})[seed] = {"step": last["step"]} | found
-    here = pathlib.Path(__file__).parent
-    (here / "distill.json").write_text(json.dumps(results, indent=1) + "\n")
+    _RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def draw() -> None:
+    """Draw distill.json as distill.png."""
+    from blocktx.plotting import draw_categories, new_figure, save
+
+    results = json.loads(_RESULTS.read_text())
     figure, axes = new_figure(ylabel="held-out loss (nats per token)")
     short = STEPS // 10
     names = (f"source\n{STEPS} steps", f"from scratch\n{short} steps")
@@ -178,8 +186,10 @@ def report(folder: str) -> None:
     draw_categories(
         axes, names, [[run["loss"] for run in results[kind].values()] for kind in KINDS]
     )
-    print(save(figure, here / "distill.png"))
+    print(save(figure, _RESULTS.with_suffix(".png")))
 
 
 if __name__ == "__main__":
-    report(sys.argv[1])
+    if len(sys.argv) > 1:
+        collect(sys.argv[1])
+    draw()

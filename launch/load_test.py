@@ -211,7 +211,7 @@ def plot(servers: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
         "Each point is one load", "tokens per second", "time to the first token, p95 (ms)"
     )
     named = []
-    for (label, found), color in zip(servers.items(), plotting.PALETTE, strict=False):
+    for i, (label, found) in enumerate(servers.items()):
         points = sorted(
             (one["tokens_per_second"], one["first_token_ms"]["p95"], one["load"])
             for one in found
@@ -219,8 +219,9 @@ def plot(servers: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
         )
         if points:
             x, y, _ = zip(*points, strict=True)
-            plotting.draw_line(axes, x, y, color=color, label=label)
-            named += [(*point, color) for point in points]
+            style = plotting.line_style(i)
+            plotting.draw_line(axes, x, y, label=label, **style)
+            named += [(*point, style["color"]) for point in points]
     axes.margins(y=0.15)  # room for names
     axes.set_ylim(bottom=0)
     plotting.legend(axes)

@@ -89,4 +89,23 @@ def test_categories_are_not_joined():
     _, axes = plotting.new_figure()
     plotting.draw_categories(axes, ["a", "b"], [[1.0, 2.0], [3.0]])
     assert _tick_labels(axes.xaxis) == ["a", "b"]
-    assert all(len(set(line.get_xdata())) == 1 for line in axes.lines)
+    assert all(line.get_linestyle() == "None" for line in axes.lines)
+
+
+def test_dots_lie_above_the_bar_and_beside_each_other():
+    _, axes = plotting.new_figure()
+    plotting.draw_categories(axes, ["a", "b"], [[1.0, 1.0, 1.0], [3.0] * 20])
+    for i, dots in enumerate(axes.lines):
+        x = dots.get_xdata()
+        assert len(set(x)) == len(x)
+        assert all(abs(each - i) < 0.25 for each in x)  # over the bar
+        assert dots.get_zorder() > axes.collections[i].get_zorder()
+
+
+def test_equal_lines_are_all_visible():
+    styles = [plotting.line_style(i) for i in range(9)]
+    for above, below in zip(styles[1:], styles, strict=False):
+        assert above["color"] != below["color"]
+        assert above["linestyle"] != below["linestyle"]
+        assert above["markersize"] <= below["markersize"]
+    assert styles[0]["markersize"] > styles[1]["markersize"] > styles[2]["markersize"]

@@ -10,7 +10,7 @@ from etils import epath
 from blocktx import plotting
 from blocktx.evaluate.compare import Comparison
 from blocktx.evaluate.continuations import Continuations
-from blocktx.evaluate.position_curve import draw_by_place, draw_by_position
+from blocktx.evaluate.position_curve import draw_losses
 
 Speeds = dict[int, tuple[float, float]]  # batch size -> tokens/s of the model and the reference
 
@@ -65,26 +65,26 @@ def plot_report(report: Report, bin_tokens: int, path: str | os.PathLike[str]) -
         raise ValueError("plot: the comparison was not finished")
     figure, ((position, place), (kl, speed)) = plotting.new_grid(2, 2, width=9, height=6.6)
     runs = list(zip(report.names, report.comparison.sums, strict=True))
-    draw_by_position(position, runs)
-    draw_by_place(place, runs, bin_tokens)
-    plotting.legend(place)
+    draw_losses(position, place, runs, bin_tokens)
 
     by_position = report.comparison.kl_by_position
     kl.bar(range(1, len(by_position) + 1), by_position, color=plotting.BLOCK, width=0.6)
     kl.set_xticks(range(1, len(by_position) + 1))
-    kl.set(xlabel="position in the block", ylabel="KL from the reference (nats)", ylim=(0, None))
+    kl.set(xlabel="position in the block", ylabel="KL divergence (nats per token)", ylim=(0, None))
     kl.grid(axis="x", visible=False)
-    kl.set_title(f"likeliest token agrees in {report.comparison.agreement:.1%}")
+    agreement = f"likeliest token agrees in {report.comparison.agreement:.1%}"
+    kl.set_title(plotting.plain(f"KL from {report.names[1]}; {agreement}"), fontsize=10)
 
     sizes = list(report.speeds)
-    for i, color in enumerate((plotting.BLOCK, plotting.VANILLA)):
+    for i, name in enumerate(report.names):
         rates = [pair[i] for pair in report.speeds.values()]
-        plotting.draw_line(speed, sizes, rates, color=color, label=report.names[i])
+        plotting.draw_line(speed, sizes, rates, label=name, **plotting.line_style(i))
     speed.set(xlabel="batch size", ylabel="decoded tokens per second")
     speed.set_title("decoding, prefill included")
     plotting.log2_axis(speed.xaxis, sizes)
     plotting.log_axis(speed.yaxis)
-    figure.suptitle(f"{report.names[0]} beside {report.names[1]} (bars: 95% confidence)")
+    title = f"{report.names[0]} beside {report.names[1]} (error bars: 95% confidence)"
+    figure.suptitle(plotting.plain(title))
     return plotting.save(figure, path)
 
 

@@ -85,48 +85,51 @@ def plot_losses(
     figure, ((by_position, by_place),) = plotting.new_grid(
         1, 2, width=9, height=3.8, width_ratios=(1, 1.8)
     )
-    draw_by_position(by_position, runs)
-    draw_by_place(by_place, runs, bin_tokens)
-    plotting.legend(by_place)
-    figure.suptitle(plotting.plain(f"{title} (bars: 95% confidence)".lstrip()), fontsize=11)
+    draw_losses(by_position, by_place, runs, bin_tokens)
+    figure.suptitle(plotting.plain(f"{title} (error bars: 95% confidence)".lstrip()), fontsize=11)
     return plotting.save(figure, path)
 
 
-def draw_by_position(axes: Axes, runs: Runs) -> None:
-    """Draw the mean loss for each position in a block."""
-    for (name, sums_3xMxK), color in zip(runs, plotting.PALETTE, strict=False):
+def draw_losses(by_position: Axes, by_place: Axes, runs: Runs, bin_tokens: int) -> None:
+    """Draw the loss by position and by place, on one axis of losses."""
+    by_place.sharey(by_position)
+    by_place.tick_params(labelleft=False)
+    _draw_by_position(by_position, runs)
+    _draw_by_place(by_place, runs, bin_tokens)
+    _widen(by_position)
+    plotting.legend(by_place)
+
+
+def _draw_by_position(axes: Axes, runs: Runs) -> None:
+    for i, (name, sums_3xMxK) in enumerate(runs):
         means = [mean_and_error(*sums) for sums in sums_3xMxK.sum(1).T]
         plotting.draw_line(
             axes,
             range(1, len(means) + 1),
             [loss for loss, *_ in means],
             error=[_INTERVAL * error for *_, error in means],
-            color=color,
             label=name,
+            **plotting.line_style(i),
         )
     length = max(sums.shape[2] for _, sums in runs)
     axes.set(xlabel="position in the block", ylabel="loss (nats per token)")
     axes.set_xticks(range(1, length + 1))
     axes.set_xlim(0.5, length + 0.5)
-    _widen(axes)
 
 
-def draw_by_place(axes: Axes, runs: Runs, bin_tokens: int) -> None:
-    """Draw the mean loss in bins of places in the context."""
-    for (name, sums_3xMxK), color in zip(runs, plotting.PALETTE, strict=False):
+def _draw_by_place(axes: Axes, runs: Runs, bin_tokens: int) -> None:
+    for i, (name, sums_3xMxK) in enumerate(runs):
         bins = [bin_ for bin_ in position_curve(sums_3xMxK, bin_tokens) if bin_.tokens]
         plotting.draw_line(
             axes,
             [(bin_.begin + bin_.end) / 2 for bin_ in bins],
             [bin_.loss for bin_ in bins],
             error=[_INTERVAL * bin_.error for bin_ in bins],
-            color=color,
             label=name,
+            **plotting.line_style(i),
         )
     end = max((sums.shape[1] + 1) * sums.shape[2] for _, sums in runs)
     axes.set(xlabel=f"place in the context (bins of {bin_tokens} tokens)", xlim=(0, end))
-    axes.set(ylabel="loss (nats per token)")
-    _widen(axes)
 
 
 def _widen(axes: Axes) -> None:

@@ -68,9 +68,9 @@ def plot_runs(
     figure, axes = plotting.new_figure("held-out loss", "step", "loss (nats per token)")
     ends = []
     for i, (workdir, curve) in enumerate(runs.items()):
-        color, name = plotting.PALETTE[i % len(plotting.PALETTE)], epath.Path(workdir).name
-        plotting.draw_line(axes, *zip(*curve, strict=True), color=color, label=name)
-        ends.append((*curve[-1], f"{name} {curve[-1][1]:.3f}", color))
+        style, name = plotting.line_style(i), epath.Path(workdir).name
+        plotting.draw_line(axes, *zip(*curve, strict=True), label=name, **style)
+        ends.append((*curve[-1], f"{name} {curve[-1][1]:.3f}", style["color"]))
     _fit(axes, list(runs.values()))
     plotting.label_ends(axes, ends)
     return plotting.save(figure, path)

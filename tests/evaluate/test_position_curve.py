@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from blocktx import plotting
 from blocktx.checkpoint.params import load_params, load_tokenizer
 from blocktx.config.run import MeshConfig
 from blocktx.data.corpus import Documents, read_in_memory
@@ -153,6 +154,18 @@ def test_bad_bins(tmp_path):
         position_curve(np.ones((3, 7, 4)), 0)
     with pytest.raises(ValueError, match="no token was scored"):
         plot_losses([("loss", np.zeros((3, 7, 4)))], 8, tmp_path / "curve.png")
+
+
+def test_both_panels_have_one_axis_of_losses(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plotting, "save", lambda figure, _: figures.append(figure))
+    loss = np.linspace(5, 3, 28).reshape(7, 4)  # falls along the context, not in a block
+    plot_losses([("loss", np.stack([loss, np.ones((7, 4)), loss**2]))], 8, "unused.png")
+    by_position, by_place = figures[0].axes
+    assert by_position.get_ylim() == by_place.get_ylim()
+    low, high = by_position.get_ylim()
+    assert low < 3.1
+    assert high > 4.9
 
 
 def test_default_bins_are_whole_blocks():
