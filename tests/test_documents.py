@@ -150,6 +150,7 @@ def test_scripts_of_bash_blocks_exist(text):
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", blocks("python"))
 def test_python_runs(text, run, monkeypatch, capsys):
     monkeypatch.chdir(run)

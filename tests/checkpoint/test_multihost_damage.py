@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.fake_devices import fake_devices
 from tests.helpers.processes import started
 
@@ -81,6 +83,7 @@ with jax.set_mesh(mesh):
 """
 
 
+@pytest.mark.slow
 def test_all_processes_take_the_same_checkpoint(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -240,6 +240,7 @@ def test_script_needs_nothing_of_the_environment(tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_the_teacher_of_distillation_is_counted(tmp_path):
     """At the student's context, which is shorter than the teacher's own."""
     params = init_params(build(VANILLA), jax.random.key(0))

@@ -59,7 +59,10 @@ def test_prefill_by_groups_of_rows_is_prefill(monkeypatch):
     assert np.asarray(whole[0].k_SxE).any(axis=(0, 2)).tolist() == [True] * 8 + [False] * 2
 
 
-@pytest.mark.parametrize("kind", ["block", "llama", "vanilla"])
+@pytest.mark.parametrize(
+    "kind",
+    ["block", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "vanilla"))],
+)
 def test_meshes_generate_what_one_device_does(kind):
     tokens = eight_devices.run("decode", kind)
     expected = tokens.pop("one device")

@@ -183,6 +183,7 @@ def test_unfinished_report():
         plot_report(report, 8, "nowhere.png")
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     runs = []
     for name in ("block", "vanilla"):

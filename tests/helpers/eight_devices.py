@@ -20,21 +20,13 @@ MESHES = {
 
 
 def run(*arguments: str):
-    """Return what a function below returns on eight fake devices."""
-    return run_together(arguments)[0]
-
-
-def run_together(*calls: tuple[str, ...]) -> list:
-    """Return the results of several calls, each in a process of its own."""
-    commands = [[sys.executable, "-m", "tests.helpers.eight_devices", *call] for call in calls]
+    """Return what a function below returns on eight fake devices, in a process of its own."""
+    command = [sys.executable, "-m", "tests.helpers.eight_devices", *arguments]
     options = dict(cwd=pathlib.Path(__file__).parents[2], env=os.environ | fake_devices(8))
-    results = []
-    with started(commands, **options, stdout=subprocess.PIPE, text=True) as processes:
-        for process in processes:
-            out, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, out
-            results.append(json.loads(out.splitlines()[-1]))
-    return results
+    with started([command], **options, stdout=subprocess.PIPE, text=True) as (process,):
+        out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, out
+    return json.loads(out.splitlines()[-1])
 
 
 def _model(kind: str):

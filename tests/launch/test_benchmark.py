@@ -37,6 +37,7 @@ def config(tmp_path_factory) -> pathlib.Path:
     return path
 
 
+@pytest.mark.slow
 def test_table_and_json(config):
     out = config.parent / "out.json"
     shape = ["--prompt=60", "--new=8", "--batch_sizes=1,2", "--repeats=1"]

@@ -41,6 +41,7 @@ def checked(tmp_path_factory):
     return json.loads((folder / "out.json").read_text()), (folder / "out.md").read_text()
 
 
+@pytest.mark.slow
 def test_all_sections_pass_on_a_cpu(checked):
     found, text = checked
     assert found["errors"] == {}

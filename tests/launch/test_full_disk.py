@@ -64,6 +64,7 @@ def test_no_space_for_a_checkpoint(tmp_path):
         assert find(disk / "run").name == "2"
 
 
+@pytest.mark.slow
 def test_no_space_for_tensorboard(tmp_path):
     workdir = tmp_path / "run"
     with small_disk(workdir / "tensorboard", 4):

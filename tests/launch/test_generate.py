@@ -36,6 +36,7 @@ def run(tmp_path_factory) -> pathlib.Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_text_and_throughput(run):
     settings = dict(max_new_tokens=8, temperature=0.5, top_k=50, top_p=0.9, min_p=0.01, seed=3)
     settings |= dict(placement="force", stop="zz")

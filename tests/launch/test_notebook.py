@@ -30,6 +30,7 @@ def run(data, tmp_path_factory) -> pathlib.Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_runs_top_to_bottom(run, monkeypatch):
     monkeypatch.setenv("BLOCKTX_CHECKPOINT", str(run))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

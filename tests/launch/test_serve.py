@@ -72,6 +72,7 @@ def under_load(url: str) -> Iterator[list[concurrent.futures.Future]]:
         yield streams
 
 
+@pytest.mark.slow
 def test_sigkill_breaks_streams_and_sigterm_ends_them_whole(folder, tmp_path):
     with serving(folder, "--port=0") as (process, url):
         port = int(url.split(":")[2].split("/")[0])

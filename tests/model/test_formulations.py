@@ -71,7 +71,9 @@ def results(config, formulations, field=""):
     return trained, generate(model, params, prompts, np.ones_like(prompts), **options)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=[pytest.param("neox", marks=pytest.mark.slow), "llama", "vanilla"]
+)
 def case(request):
     config = MODELS[request.param]
     return config, results(config, PLAIN)

@@ -28,22 +28,20 @@ def mesh(data=1, fsdp=1, tensor=1):
     return AbstractMesh((data, fsdp, tensor), sharding.MESH_AXES)
 
 
-@pytest.fixture(scope="module")
-def losses():
-    kinds = ("block", "llama", "vanilla")
-    found = eight_devices.run_together(*(("losses", kind) for kind in kinds))
-    return dict(zip(kinds, found, strict=True))
-
-
-@pytest.mark.parametrize("name", eight_devices.MESHES)
-@pytest.mark.parametrize("kind", ["block", "llama", "vanilla"])
-def test_losses_are_those_of_one_device(losses, kind, name):
-    expected = losses[kind]["one device"]
+@pytest.mark.parametrize(
+    "kind",
+    ["block", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "vanilla"))],
+)
+def test_losses_are_those_of_one_device(kind):
+    losses = eight_devices.run("losses", kind)
+    expected = losses.pop("one device")
     assert expected[0] != expected[-1]
-    np.testing.assert_allclose(losses[kind][name], expected, rtol=1e-5)
+    assert losses.keys() == eight_devices.MESHES.keys()
+    for name, values in losses.items():
+        np.testing.assert_allclose(values, expected, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("family", ["neox", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("neox", marks=pytest.mark.slow), "llama"])
 def test_formulations_for_tpu_are_the_plain_ones_on_every_mesh(family):
     """Kernels are sharded by hand; XLA shards everything else."""
     found = eight_devices.run("kernels", family)
@@ -70,6 +68,7 @@ def test_engine_on_a_mesh(finished):
     assert found["pieces, one device"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_mesh_to_mesh(data, tmp_path):
     """One device -> eight by fsdp -> by tensor and fsdp -> one device, as if nothing had been."""
     settings = dict(steps=8, batch_size=8, checkpoint_every=2)

@@ -44,6 +44,7 @@ def interrupted(finished, bucket):
     return workdir, train(config, os.fspath(workdir), resume=True)
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(interrupted, finished):
     workdir, state = interrupted
     _, local, wanted = finished

@@ -484,12 +484,14 @@ def test_cache_goes_on_and_belongs_to_one_run(data, source, tmp_path):
         train(cached, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_sharded_distillation_equals_that_of_one_device():
     losses = eight_devices.run("distillation")
     for name, found in losses.items():
         np.testing.assert_allclose(found, losses["one device"], rtol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_configurations_of_the_experiment(tmp_path, monkeypatch, data, source, convert):
     spec = importlib.util.spec_from_file_location("distill", ROOT / "configs" / "distill.py")
     configs = importlib.util.module_from_spec(spec)

@@ -176,6 +176,7 @@ def endless(folder, name, **settings):
         yield run, time.monotonic() - begin
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_all_and_loses_no_step(folder, alone):
     with endless(folder, "stopped_one") as (run, _):
         run.processes[1].send_signal(signal.SIGTERM)
@@ -187,7 +188,8 @@ def test_sigterm_to_one_saves_all_and_loses_no_step(folder, alone):
     np.testing.assert_allclose(first, list(losses(alone).values()), rtol=1e-5)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_killing_one_ends_the_other(folder, victim):
     """After the heartbeat timeout, with a code after which to try again.
 
@@ -206,7 +208,7 @@ def test_killing_one_ends_the_other(folder, victim):
     ("flag", "named"),
     [
         ("--config.training.log_every=3", "config"),
-        ("--workdir={folder}/elsewhere", "workdir"),
+        pytest.param("--workdir={folder}/elsewhere", "workdir", marks=pytest.mark.slow),
     ],
 )
 def test_processes_that_disagree_say_so_and_end(folder, flag, named):
@@ -220,6 +222,7 @@ def test_processes_that_disagree_say_so_and_end(folder, flag, named):
     assert not run.workdir.exists()
 
 
+@pytest.mark.slow
 def test_the_coordinator_listens_on_its_address_alone(folder):
     with Run(folder, "listens", "--config.training.steps=1000000") as run:
         run.wait_for(lambda: "step=1 " in run.log())
