@@ -30,7 +30,8 @@ class Formulations:
         int8: with a float32 scale for each head of a slot. It rounds more than other formulations,
         so no backend has it by default.
       cache_write: of one slot of a cache in int8. tile: with all 32 slots of its tile on a TPU. For
-        a write at one of them XLA copies the whole cache to other tiles and back.
+        a write at one of them XLA copies the whole cache to other tiles and back. If rows write at
+        slots of their own, up to 1,024 slots are written whole.
       cached_rotary: rotary positions while decoding. product: by a matrix of 0, 1 and -1.
       scores: of plain self-attention. recomputed: for its gradient, instead of saved.
       norm: lean: the gradient saves only the input.

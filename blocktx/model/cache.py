@@ -10,6 +10,7 @@ A cache in int8 holds a scale for each head of a slot, so a slot is written with
 Attention multiplies scores and weights by the scales, and reads keys and values as integers.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -20,6 +21,7 @@ from blocktx.config import Formulations, ModelConfig, StackConfig
 from blocktx.parallel import constrain
 
 _TILE = 32  # slots of 8-bit integers in a TPU's tile
+_SELECTED = 1024  # slots up to which selecting in the whole cache is faster on TPU than a scatter
 CACHE_AXES = ("batch", "positions", "heads")  # whole heads, side by side
 
 
@@ -53,10 +55,10 @@ class LayerCache:
 
         def put(buffer_SxE: jax.Array, new_TxE: jax.Array) -> jax.Array:
             new_TxE = constrain(new_TxE.astype(buffer_SxE.dtype), "positions", "heads")
-            whole = len(new_TxE) == 1 and len(buffer_SxE) % _TILE == 0
-            tiled = tile and whole and buffer_SxE.dtype == jnp.int8
-            written_SxE = (_put_tile if tiled else _put)(buffer_SxE, new_TxE, jnp.asarray(slot))
-            return constrain(written_SxE, "positions", "heads")
+            write = _put
+            if tile and self.scales and len(new_TxE) == 1 and len(buffer_SxE) % _TILE == 0:
+                write = _put_tile if buffer_SxE.dtype == jnp.int8 else _put_scale
+            return constrain(write(buffer_SxE, new_TxE, jnp.asarray(slot)), "positions", "heads")
 
         new = LayerCache(k_TxE, v_TxE)
         if self.scales:
@@ -75,14 +77,33 @@ def _int8(x_TxE: jax.Array, kv_heads: int) -> tuple[jax.Array, jax.Array]:
     return rounded_TxGxC.astype(jnp.int8).reshape(x_TxE.shape), scale_TxG
 
 
-def _at_one_slot(update: Callable) -> Callable:
+def _scatter(
+    update: Callable, buffer_BxSxE: jax.Array, new_BxTxE: jax.Array, slot_B: jax.Array
+) -> jax.Array:
+    """Write each row at its own slot."""
+    return jax.vmap(update)(buffer_BxSxE, new_BxTxE, slot_B)
+
+
+def _select(
+    update: Callable, buffer_BxSxE: jax.Array, new_Bx1xE: jax.Array, slot_B: jax.Array
+) -> jax.Array:
+    """Write each row at its own slot. A few slots are read and written whole: see `_SELECTED`."""
+    slots = buffer_BxSxE.shape[1]
+    if slots > _SELECTED:
+        return _scatter(update, buffer_BxSxE, new_Bx1xE, slot_B)
+    here_BxSx1 = jnp.arange(slots)[:, None] == slot_B[:, None, None]
+    return jnp.where(here_BxSx1, new_Bx1xE, buffer_BxSxE)
+
+
+def _at_one_slot(update: Callable, at_own_slots: Callable) -> Callable:
     """Return a function that writes all rows of a batch at the same slot.
 
     JAX batches a dynamic slot to a scatter even if the slot is not batched. XLA then copies the
-    whole cache to another layout and back. If rows have slots of their own, it is a scatter.
+    whole cache to another layout and back.
 
     Args:
       update: writes `[..., T, E]` to `[..., S, E]` at a slot.
+      at_own_slots: writes `[B, T, E]` to `[B, S, E]` if rows have slots of their own.
     """
     put = jax.custom_batching.custom_vmap(update)
 
@@ -92,19 +113,17 @@ def _at_one_slot(update: Callable) -> Callable:
             x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
             for x, batched in zip((buffer_BxSxE, new_BxTxE), in_batched, strict=False)
         )
-        write = jax.vmap(update) if in_batched[2] else put
+        write = functools.partial(at_own_slots, update) if in_batched[2] else put
         return write(buffer_BxSxE, new_BxTxE, slot), True
 
     return put
 
 
-@_at_one_slot
-def _put(buffer_xSxE: jax.Array, new_xTxE: jax.Array, slot: jax.Array) -> jax.Array:
+def _slice(buffer_xSxE: jax.Array, new_xTxE: jax.Array, slot: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(buffer_xSxE, new_xTxE, slot, axis=-2)
 
 
-@_at_one_slot
-def _put_tile(buffer_xSxE: jax.Array, new_x1xE: jax.Array, slot: jax.Array) -> jax.Array:
+def _tile(buffer_xSxE: jax.Array, new_x1xE: jax.Array, slot: jax.Array) -> jax.Array:
     *rows, slots, width = buffer_xSxE.shape
     tiles_xIxRxE = buffer_xSxE.reshape(*rows, slots // _TILE, _TILE, width)
     old_x1xRxE = jax.lax.dynamic_slice_in_dim(tiles_xIxRxE, slot // _TILE, 1, axis=-3)
@@ -113,6 +132,10 @@ def _put_tile(buffer_xSxE: jax.Array, new_x1xE: jax.Array, slot: jax.Array) -> j
     written = jax.lax.dynamic_update_slice_in_dim(tiles_xIxRxE, tile_x1xRxE, slot // _TILE, axis=-3)
     return written.reshape(buffer_xSxE.shape)
 
+
+_put = _at_one_slot(_slice, _scatter)
+_put_scale = _at_one_slot(_slice, _select)
+_put_tile = _at_one_slot(_tile, _select)
 
 Cache = tuple[LayerCache, ...]
 

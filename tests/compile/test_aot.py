@@ -1,6 +1,7 @@
 """Programs for chips that are not there; without the compilers for them, what is refused before."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
@@ -9,17 +10,24 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from blocktx import cost
 from blocktx.checkpoint.params import save_params
+from blocktx.compile.abstract import placed
 from blocktx.compile.aot import DoesNotFit, _Compilation, compile_decoding, compile_train_step
+from blocktx.compile.hlo import Program
+from blocktx.compile.hlo_cost import cycles
 from blocktx.compile.report import table
 from blocktx.compile.topology import find_topology
 from blocktx.config.distill import DistillConfig
 from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig, with_cache_dtype
 from blocktx.config.run import MeshConfig, RunConfig, TrainingConfig
-from blocktx.model.build import build, init_params
+from blocktx.decode.rows import decode_rows, init_rows
+from blocktx.decode.sampling import Sampling
+from blocktx.model.build import abstract_params, build, init_params
+from blocktx.parallel.sharding import batch_sharding, create_mesh
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[aot]'"
@@ -186,6 +194,42 @@ def test_int8_weights_halve_what_decoding_reads():
     logits_bytes = 4 * BLOCK.block_length * 2 * 8192  # read once for the greedy tokens of a block
     assert int8.bytes_accessed - logits_bytes < 0.65 * (plain.bytes_accessed - logits_bytes)
     assert int8.counted_bytes == plain.counted_bytes
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_rows_of_a_server_write_int8_as_fast_as_bfloat16():
+    """Each at a slot of its own: a scatter goes row by row, twice as often for scales."""
+    topology, rows = find_topology("v5e:1x1"), 64
+    stack = StackConfig(layers=2, width=768, heads=12)
+    model = dataclasses.replace(
+        BLOCK,
+        context_length=2048,
+        block_decoder=stack,
+        scan_layers=False,
+        param_dtype="bfloat16",
+        platform="tpu",
+    )
+    mesh = create_mesh(MeshConfig(fsdp=1, data=-1), topology.devices)
+    seconds = {}
+    for kind in (None, "int8"):
+        net = build(with_cache_dtype(model, kind))
+        state = jax.eval_shape(functools.partial(init_rows, net, rows, model.blocks))
+        arguments = (state, Sampling.create(rows=rows), jnp.zeros(rows, bool), *[jnp.int32(1)] * 3)
+        with jax.set_mesh(mesh):
+            program = Program(
+                decode_rows.lower(
+                    net,
+                    abstract_params(model, mesh),
+                    *placed(arguments, batch_sharding(mesh)),
+                    most_blocks=4,
+                    top=0,
+                )
+                .compile()
+                .as_text()
+            )
+        seconds[kind] = cycles(program, topology.chip, program.open_loops()[0][1])
+    assert seconds["int8"] < seconds[None]
 
 
 @needs_libtpu

@@ -15,6 +15,7 @@ from blocktx.decode.generate import generate
 from blocktx.decode.sampling import SamplingConfig, seed_words
 from blocktx.evaluate.next_logits import cached_contexts, map_logits
 from blocktx.model.build import build
+from blocktx.model.cache import create_cache
 from tests.helpers.compile_events import compilations
 from tests.helpers.random_weights import random_params
 
@@ -119,6 +120,31 @@ def test_greedy_tokens_have_nearly_the_probabilities_of_teacher_forcing(model):
         # Sums over slots in another order may round a key to the next integer.
         assert found[request][0][:4] == drawn[row, :4].tolist()
         np.testing.assert_allclose(found[request][1][:4], logprobs[row, :4], atol=CLOSE)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one slot", "own slots"])
+@pytest.mark.parametrize("slots", [64, 1056, 40])  # selected, scattered, not in whole tiles
+def test_all_ways_to_write_are_equal(slots, own):
+    rows, rng = 3, np.random.default_rng(0)
+    cache = jax.tree.map(
+        lambda x: jnp.asarray(rng.integers(1, 100, x.shape), x.dtype),
+        create_cache(NEOX, rows, slots, "int8")[0],
+    )
+    new = [rng.normal(size=(rows, 1, 32)).astype(np.float32) for _ in range(2)]
+    slot = np.array([slots - 1, 0, 33]) if own else np.full(rows, 33)
+
+    def written(tile):
+        def write(cache, k, v, slot):
+            return cache.write(k, v, slot, tile)
+
+        axes = (0, 0, 0, 0 if own else None)
+        return jax.jit(jax.vmap(write, axes))(cache, *new, slot if own else slot[0])
+
+    plain, tiled = written(False), written(True)
+    jax.tree.map(np.testing.assert_array_equal, plain, tiled)
+    for before, after in zip(jax.tree.leaves(cache), jax.tree.leaves(plain), strict=True):
+        changed = (np.asarray(before) != np.asarray(after)).any(-1)
+        np.testing.assert_array_equal(changed, np.arange(slots) == slot[:, None])
 
 
 def test_bytes_are_counted(model):
