@@ -36,8 +36,9 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:16x16, v5p:4x4x4 
 _PROGRAM = flags.DEFINE_enum(
     "program",
     "train",
-    ["train", "prefill", "decode"],
-    "The training step, reading prompts, or decoding a block: a block step and its token steps.",
+    ["train", "prefill", "decode", "serve"],
+    "The training step, reading prompts, or decoding a block: a block step and its token steps. "
+    "serve: a block of --batch_size rows of launch/serve.py.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Rows over all chips. None: the configuration's, or to decode 64 a chip."
@@ -82,7 +83,7 @@ def main() -> None:
     if _PROGRAM.value == "train":
         for flag in (_CONTEXT, _QUANTIZE):
             if flag.value is not None:
-                raise ValueError(f"--{flag.name}: is for --program=decode or prefill")
+                raise ValueError(f"--{flag.name}: is for --program=prefill, decode or serve")
         if _BATCH_SIZE.value is not None:
             _CONFIG.value.training.batch_size = _BATCH_SIZE.value
     configs = [command_line.run_config(_CONFIG.value)]

@@ -24,7 +24,7 @@ from blocktx.compile.hlo_operations import Computation
 from blocktx.compile.report import GIB, Report
 from blocktx.compile.topology import Topology
 from blocktx.config import MeshConfig, ModelConfig, RunConfig
-from blocktx.decode import Sampling, decode_blocks, prefill
+from blocktx.decode import Sampling, decode_blocks, decode_rows, init_rows, prefill
 from blocktx.model import abstract_params, build
 from blocktx.parallel import batch_parts, batch_sharding, check_model_fits, create_mesh
 from blocktx.train import (
@@ -92,7 +92,7 @@ def compile_train_step(config: RunConfig, topology: Topology) -> Report:
 def compile_decoding(
     config: RunConfig,
     topology: Topology,
-    program: Literal["prefill", "decode"],
+    program: Literal["prefill", "decode", "serve"],
     *,
     batch_size: int,
     context: int,
@@ -100,6 +100,8 @@ def compile_decoding(
 ) -> Report:
     """Decoding with the model of `config`, in a cache for `context` tokens: the prompt or a block.
 
+    A block is that of a batch ("decode"), or that of a server's rows ("serve"): these have slots of
+    their own, and log-probabilities on request, which are not counted.
     Rows are spread over all chips but those of `config.mesh.tensor`, and each of these groups has
     the whole model: `config.mesh.fsdp`, which would gather it for every token, counts as `data`.
     Parameters have the compute dtype, as an `Engine` holds them, or are `quantized`. The roofline
@@ -133,15 +135,29 @@ def compile_decoding(
             lowered = prefill.lower(net, *arguments.values())
         work = cost.extend(model, batch_size // parts, slots, slots)
     else:
-        state = by_row(jax.eval_shape(functools.partial(prefill, net), params, read))
         sampling, number = by_row((Sampling.create(rows=batch_size), jnp.int32(0)))
+        if program == "decode":
+            state = jax.eval_shape(functools.partial(prefill, net), params, read)
+            lower = functools.partial(decode_blocks.lower, blocks=number, pad_id=number)
+        else:
+            state = jax.eval_shape(functools.partial(init_rows, net, batch_size, slots))
+            lower = functools.partial(
+                decode_rows.lower,
+                cancelled_B=by_row(jnp.zeros(batch_size, bool)),
+                blocks=number,
+                pad_id=number,
+                score=number,
+                most_blocks=1,
+                top=0,
+            )
+        state = by_row(state)
         arguments = {
             "parameters": params,
             "cache": state.cache,
             "state": (state.replace(cache=()), sampling),
         }
         with jax.set_mesh(mesh):
-            lowered = decode_blocks.lower(net, params, state, sampling, number, number)
+            lowered = lower(net, params, state, sampling)
         work = cost.decode_block(model, batch_size // parts, slots)
     compilation = _Compilation(
         program=program,
@@ -259,7 +275,7 @@ def _on(topology: Topology, config: RunConfig) -> RunConfig:
 
 def _part(program: Program, name: str) -> Computation | None:
     """Return the body of the loop of a program that decodes, else None."""
-    return program.open_loops()[0][1] if name == "decode" else None
+    return program.open_loops()[0][1] if name in ("decode", "serve") else None
 
 
 def _text(compiled: jax.stages.Compiled, dumped: pathlib.Path) -> str:

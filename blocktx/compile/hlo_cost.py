@@ -210,8 +210,8 @@ def _fusion_traffic(program: Program, fusion: Operation, operands: list) -> int:
         for user in users.get(name, []):
             if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
                 total += user.shapes[0].bytes
-            elif user.opcode == "bitcast":
-                total += read(user.name)
+            elif user.opcode == "bitcast" or "output_to_operand_aliasing" in user.attributes:
+                total += read(user.name)  # the second is another layout of what is sliced
             elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
                 return full
         return min(total, full)

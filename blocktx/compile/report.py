@@ -140,7 +140,9 @@ def _counted(report: Report) -> str:
 
 
 def _of_what(report: Report) -> str:
-    return "a block step and its token steps" if report.program == "decode" else "one run"
+    return (
+        "a block step and its token steps" if report.program in ("decode", "serve") else "one run"
+    )
 
 
 def _figure(report: Report) -> str:

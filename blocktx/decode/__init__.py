@@ -33,6 +33,7 @@ from blocktx.decode.inputs import encode_text
 from blocktx.decode.loop import DecodeState, decode_blocks, prefill
 from blocktx.decode.prompts import Placement, Prompts, bucket, layout_prompts
 from blocktx.decode.request import Request, Update
+from blocktx.decode.rows import decode_rows, init_rows
 from blocktx.decode.sampling import Sampling, SamplingConfig, seed_words
 from blocktx.decode.stream import Continuation
 
@@ -50,8 +51,10 @@ __all__ = [
     "Update",
     "bucket",
     "decode_blocks",
+    "decode_rows",
     "encode_text",
     "generate",
+    "init_rows",
     "layout_prompts",
     "load",
     "prefill",
