@@ -42,8 +42,7 @@ class Parameters(NamedTuple):
 
 def count_params(config: ModelConfig) -> Parameters:
     """Return the numbers of parameters of a model."""
-    classifiers = 0 if config.tied_classifier else 1
-    tables = classifiers * config.vocab_size * _classified_width(config)
+    tables = (not config.tied_classifier) * config.vocab_size * _classified_width(config)
     if config.kind == "vanilla":
         stacks = _stack_params(config.decoder)
         tables += config.vocab_size * config.decoder.width
@@ -69,7 +68,7 @@ def count_params(config: ModelConfig) -> Parameters:
 def cache_bytes(config: ModelConfig, slots: int) -> int:
     """Return the bytes of keys and values of one sequence in a cache of `slots` blocks."""
     slots *= config.embeddings_per_block
-    return _cached(config).layers * slots * _slot_bytes(config)
+    return slots * _cached(config).layers * _slot_bytes(config)
 
 
 def logits_bytes(config: ModelConfig, tokens: int) -> int:
@@ -77,37 +76,45 @@ def logits_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * config.vocab_size * tokens
 
 
-def train_step(config: RunConfig) -> Cost:
+def training_run(config: RunConfig) -> Cost:
+    """Return the cost of all updates of a run."""
+    bags = config.loss.bag_steps
+    return bags * train_step(config, bag=True) + (config.training.steps - bags) * train_step(config)
+
+
+def train_step(config: RunConfig, bag: bool = False) -> Cost:
     """Return the cost of one update by a batch, all its microbatches.
 
-    The backward pass multiplies twice for each product of the forward pass, and moves the same
-    bytes for each. AdamW reads the gradient and reads and writes parameters and two moments.
+    With `bag` it is one of `config.loss.bag_steps`. The backward pass multiplies twice for each
+    product of the forward pass, and moves the same bytes for each. AdamW reads the gradient and
+    reads and writes parameters and two moments.
     """
     model, parts = config.model, config.training.microbatches
     rows = config.training.batch_size // parts
-    cost = 3 * parts * forward(model, rows)
-    if "auto_encoding_loss" in config.loss.weights:
+    update = Cost(bytes=count_params(model).total * (4 + 2 * 4 + 2 * 2 * 4))
+    cost = 3 * parts * forward(model, rows, bag) + update
+    weights = {} if bag else config.loss.weights
+    if "auto_encoding_loss" in weights:
         cost += 3 * parts * _decode_blocks(model, rows * (model.blocks - 1))
-    if "block_decoding_loss" in config.loss.weights and config.loss.block_decoding == "contrastive":
+    if "block_decoding_loss" in weights and config.loss.block_decoding == "contrastive":
         compared = rows * (model.blocks - 1) * model.embeddings_per_block
         product = _product(compared, model.block_decoder.width, compared, 4)
         cost += 2 * parts * product  # no gradient flows into what is compared with
-    update = count_params(model).total * (4 + 2 * 4 + 2 * 2 * 4)
-    return cost + Cost(bytes=update)
+    return cost
 
 
-def forward(config: ModelConfig, batch_size: int) -> Cost:
-    """Return the cost of the teacher-forced forward pass over whole contexts."""
+def forward(config: ModelConfig, batch_size: int, bag: bool = False) -> Cost:
+    """Return the cost of the teacher-forced forward pass over whole contexts, or over bags."""
     blocks = config.blocks
     if config.kind == "vanilla":
         run = _stack(config, config.decoder, batch_size, blocks, blocks)
         return run + _classifier(config, batch_size * blocks)
-    slots = blocks * config.embeddings_per_block
-    return (
-        _embed(config, batch_size * blocks)
-        + _stack(config, config.block_decoder, batch_size, slots, slots)
-        + _decode_blocks(config, batch_size * (blocks - 1))
-    )
+    slots, predicted = blocks * config.embeddings_per_block, batch_size * (blocks - 1)
+    run = _stack(config, config.block_decoder, batch_size, slots, slots)
+    run += _embed(config, batch_size * blocks)
+    if bag:
+        return run + _expand(config, predicted) + _classifier(config, predicted)
+    return run + _decode_blocks(config, predicted)
 
 
 def extend(config: ModelConfig, batch_size: int, blocks: int, slots: int) -> Cost:
@@ -138,9 +145,8 @@ def step_token(config: ModelConfig, batch_size: int) -> Cost:
 def decode_block(config: ModelConfig, batch_size: int, slots: int) -> Cost:
     """Return the cost of a block step and its K token steps: K new tokens a row."""
     cost = extend(config, batch_size, 1, slots) + start_block(config, batch_size)
-    if config.block_length > 1:
-        cost += (config.block_length - 1) * step_token(config, batch_size)
-    return cost
+    steps = config.block_length - 1
+    return cost + steps * step_token(config, batch_size) if steps else cost
 
 
 def generate(config: ModelConfig, batch_size: int, prompt_tokens: int, new_tokens: int) -> Cost:
@@ -176,10 +182,6 @@ def _token_slots(config: ModelConfig) -> int:
     return config.positions_before + config.block_length - 1
 
 
-def _linear_params(inputs: int, outputs: int, bias: bool = True) -> int:
-    return inputs * outputs + bias * outputs
-
-
 def _stack_params(stack: StackConfig, *, cross: bool = False) -> int:
     """Return the parameters of layers, of two or with `cross` three norms, and one more norm.
 
@@ -205,6 +207,10 @@ def _encoder_params(encoder: EncoderConfig) -> int:
     mlp = _linear_params(width, hidden) + _linear_params(hidden, width)
     attention = _linear_params(width, 3 * width) + _linear_params(width, width)
     return encoder.layers * (mlp + attention + 4 * width) + 2 * width
+
+
+def _linear_params(inputs: int, outputs: int, bias: bool = True) -> int:
+    return inputs * outputs + bias * outputs
 
 
 def _product(
@@ -240,11 +246,8 @@ def _stack(
     projected = [3 * wide] if wide == narrow else [wide, 2 * narrow]
     projected += [hidden] * (2 if stack.mlp == "swiglu" else 1)
     plain = 2 * narrow * size
-    layer = (
-        _attend(sequences, queries, slots, wide, slot_bytes or plain, size)
-        + _product(rows, wide, width, size)
-        + _product(rows, hidden, width, size)
-    )
+    layer = _attend(sequences, queries, slots, wide, slot_bytes or plain, size)
+    layer += _product(rows, wide, width, size) + _product(rows, hidden, width, size)
     for outputs in projected:
         layer += _product(rows, width, outputs, size)
     if memory:
@@ -258,8 +261,7 @@ def _stack(
 
 
 def _classifier(config: ModelConfig, rows: int) -> Cost:
-    width = _classified_width(config)
-    return _product(rows, width, config.vocab_size, _itemsize(config), result_itemsize=4)
+    return _product(rows, _classified_width(config), config.vocab_size, _itemsize(config), 4)
 
 
 def _embed(config: ModelConfig, blocks: int) -> Cost:

@@ -83,7 +83,7 @@ def _list(studies: list[Study], seeds: list[int], saved: Results) -> None:
     for run in {run.name: run for study in studies for run in study.runs}.values():
         training, model = run.config.training, run.config.model
         tokens = training.steps * training.batch_size * model.context_length
-        flops = training.steps * cost.train_step(run.config).flops
+        flops = cost.training_run(run.config).flops
         for seed in seeds:
             result = read_run(run, seed, _WORKDIR.value, saved)
             done = "" if result is None else "  finished"

@@ -181,6 +181,22 @@ def test_flops_of_a_training_step_with_all_losses_and_microbatches(kind):
     assert traced_flops(step, state, batch) == cost.train_step(run).flops
 
 
+@pytest.mark.parametrize("name", [name for name, x in MODELS.items() if x.kind == "block"])
+def test_flops_of_a_training_step_with_the_bag_loss(name):
+    run = RunConfig(
+        model=MODELS[name],
+        loss=LossConfig(bag_steps=1, auto_encoding=True),
+        training=TrainingConfig(steps=3, batch_size=4, microbatches=2),
+    )
+    net = build(run.model)
+    tokens, mask = batch_of(run.model, 4)
+    state = jax.eval_shape(lambda: create_state(run, net))
+    step = functools.partial(train_step, config=run, model=net, bag=True)
+    bag, ordinary = cost.train_step(run, bag=True).flops, cost.train_step(run).flops
+    assert traced_flops(step, state, {"tokens": tokens, "mask": mask}) == bag < ordinary
+    assert cost.training_run(run).flops == bag + 2 * ordinary
+
+
 @every_model
 def test_flops_of_decoding_are_those_of_its_products(config):
     config = dataclasses.replace(config, scan_layers=False)

@@ -75,19 +75,20 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Auxiliary training losses (options of the authors' code).
+    """Auxiliary training losses (options of the authors' code), and a first phase with its own.
 
-    `blocktx.train.loss.training_sums` defines them. Evaluation uses the token loss only.
+    `blocktx.train.loss` defines them. Evaluation uses the token loss only.
     """
 
     block_decoding: Literal["none", "mse", "contrastive"] = "none"
     block_decoding_weight: float = 1.0
     auto_encoding: bool = False
     auto_encoding_weight: float = 1.0
+    bag_steps: int = 0  # the first so many steps train on the bag-of-next-block loss alone
 
     def __post_init__(self):
         check_fields(self)
-        not_negative(self, "block_decoding_weight", "auto_encoding_weight")
+        not_negative(self, "block_decoding_weight", "auto_encoding_weight", "bag_steps")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -162,6 +163,11 @@ class RunConfig:
             "optimizer.warmup_steps",
             f"{warmup} is more than training.steps {steps}; use {steps} or fewer",
         )
+        require(
+            self.loss.bag_steps < steps,
+            "loss.bag_steps",
+            f"got {self.loss.bag_steps}, must be below training.steps {steps}",
+        )
         for field in dataclasses.fields(LossConfig):
             value = getattr(self.loss, field.name)
             require(
@@ -177,6 +183,11 @@ class RunConfig:
         for name in self.loss.weights:
             field = name.removesuffix("_loss")
             require(False, f"loss.{field}", "cannot be combined with distillation; turn it off")
+        require(
+            self.loss.bag_steps == 0,
+            "loss.bag_steps",
+            f"got {self.loss.bag_steps}, cannot be combined with distillation; use 0",
+        )
         try:
             self.distill.check_steps(self.training.steps)
         except FieldError as error:

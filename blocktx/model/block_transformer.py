@@ -78,6 +78,15 @@ class BlockTransformer(nn.Module):
         decode = over_batch(over_blocks(TokenDecoder.hidden))
         return decode(self.token_decoder, context_BxNxnD, tokens_BxNxK, mask_BxNxK.astype(bool))
 
+    def bags(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
+        """Return the classifier's inputs `[B, N-1, E]`; entry j is of block j+1 as a bag of tokens.
+
+        They depend on embedder, block decoder and the expansion of contexts alone; see
+        `blocktx.train.loss.bag_sums`.
+        """
+        bag = over_batch(over_blocks(TokenDecoder.bag))
+        return bag(self.token_decoder, self.contexts(tokens_BxNxK, mask_BxNxK)[:, :-1])
+
     def embed_blocks(self, tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array) -> jax.Array:
         """Return input block embeddings `[B, N, n, D]`."""
         embed = over_batch(over_blocks(Embedder.__call__))

@@ -59,6 +59,10 @@ class TokenDecoder(nn.Module):
         hidden_TxE, _ = self._run(x_TxE, position_T, mask_TxT, condition_KxE, None)
         return hidden_TxE[first - 1 :]
 
+    def bag(self, context_D: jax.Array) -> jax.Array:
+        """Return the mean of the vectors that the context becomes, float32 `[E]`."""
+        return self.expansion(context_D).astype(jnp.float32).mean(0)
+
     def start(self, context_D: jax.Array, cache: Cache) -> tuple[jax.Array, TokenCache]:
         """Return logits `[V]` of a block's first token, and the cache after the context."""
         first_PxE, condition_KxE = self._begin(context_D)

@@ -16,7 +16,7 @@ from blocktx import benchmark
 from blocktx.checkpoint import has_checkpoint, load_params, save_params, tokenizer_file
 from blocktx.config import RunConfig
 from blocktx.convert import uptrain
-from blocktx.cost import count_params, train_step
+from blocktx.cost import count_params, training_run
 from blocktx.data import Corpus, prepare
 from blocktx.evaluate import heldout_evaluation
 from blocktx.files import write_atomic
@@ -215,7 +215,7 @@ def _train(run: Run, seed: int, workdir: epath.Path) -> None:
         "loss_by_position": [heldout[f"heldout/loss_at_{position}"] for position in positions],
         "steps": training.steps,
         "tokens": training.steps * training.batch_size * config.model.context_length,
-        "flops": training.steps * train_step(config).flops,
+        "flops": training_run(config).flops,
         "non_embedding": count_params(config.model).non_embedding,
         "cpu_seconds": seconds,
     }

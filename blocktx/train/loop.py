@@ -199,8 +199,9 @@ def _train(
                         with progress.input():
                             batch = next_batch()
                         stage = config.distill.stage_at(step)
+                        bag = step < config.loss.bag_steps
                         state, metrics = train_step(
-                            state, batch, compiled_for, model, teacher, stage
+                            state, batch, compiled_for, model, teacher, stage, bag
                         )
                         step += 1
                         progress.add(step, metrics)

@@ -93,6 +93,37 @@ def training_sums(
     return model.apply({"params": params}, method=sums)
 
 
+def bag_sums(
+    model: Model, params: dict[str, Any], tokens_BxNxK: jax.Array, mask_BxNxK: jax.Array
+) -> dict[str, jax.Array]:
+    """Return the bag-of-next-block loss as the sum `loss`, in nats, float32.
+
+    The tokens of block i+1 are scored, whatever their order, by one distribution: the classifier on
+    the mean of the vectors that the context embedding of block i becomes for the token decoder. The
+    layers of the token decoder are not run. This is the first phase of token superposition training
+    (arXiv 2605.06546), with the embedder in place of a mean.
+    """
+    mask_BxNxK = mask_BxNxK.astype(bool)
+    scored_BxMxK = loss_mask(mask_BxNxK)
+    hidden_BxMxE = model.apply({"params": params}, tokens_BxNxK, mask_BxNxK, method="bags")
+    classifier_ExV = classifier_kernel(model.config, params)
+    if model.formulations.loss != "logits":
+        hidden_BxNxE = jnp.pad(hidden_BxMxE, ((0, 0), (0, 1), (0, 0)))
+        shape = *tokens_BxNxK.shape, hidden_BxNxE.shape[-1]
+        hidden_BxNxKxE = jnp.broadcast_to(hidden_BxNxE[:, :, None], shape)
+        nats = _fused_nats(model, classifier_ExV, hidden_BxNxKxE, tokens_BxNxK, scored_BxMxK)
+        return {"loss": nats}
+    dtype = model.config.compute_dtype
+    logits_BxMxV = jnp.einsum(
+        "bme,ev->bmv",
+        hidden_BxMxE.astype(dtype),
+        classifier_ExV.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    logs_BxMxK = jnp.take_along_axis(jax.nn.log_softmax(logits_BxMxV), tokens_BxNxK[:, 1:], axis=-1)
+    return {"loss": -jnp.where(scored_BxMxK, logs_BxMxK, 0).sum()}
+
+
 def training_counts(mask_BxNxK: jax.Array, config: LossConfig) -> dict[str, jax.Array]:
     """Return the denominators of `training_sums`: numbers of tokens or blocks, at least 1."""
     scored_BxMxK = loss_mask(mask_BxNxK.astype(bool))

@@ -41,11 +41,12 @@ class Progress:
         self._bar = tqdm(total=self._training.steps, initial=start, unit=" steps", disable=hidden)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since: float | None = None  # start of the measured interval
-        self._until, self._tokens, self._steps, self._waited = 0.0, 0, 0, 0.0
+        self._until, self._tokens, self._steps, self._waited, self._flops = 0.0, 0, 0, 0.0, 0
         self._began, self._productive = writer.began, writer.productive
         chip = find_chip(jax.devices()[0].device_kind)
-        flops = cost.train_step(config).flops
-        self._least_seconds = flops / (chip.flops * jax.device_count()) if chip else None
+        self._peak = chip.flops * jax.device_count() if chip else None
+        self._bag_steps = config.loss.bag_steps
+        self._step_flops = [cost.train_step(config, bag).flops for bag in (False, True)]
 
     def __enter__(self) -> "Progress":
         return self
@@ -81,7 +82,7 @@ class Progress:
         self._reset(None)
 
     def _reset(self, since: float | None) -> None:
-        self._since, self._tokens, self._steps, self._waited = since, 0, 0, 0.0
+        self._since, self._tokens, self._steps, self._waited, self._flops = since, 0, 0, 0.0, 0
 
     def _read(self, step: int, metrics: dict[str, jax.Array], timed: bool = True) -> None:
         # Reading blocks until the step is complete.
@@ -101,6 +102,7 @@ class Progress:
             else:
                 self._tokens += tokens
                 self._steps += 1
+                self._flops += self._step_flops[step <= self._bag_steps]
                 self._productive += self._until - before
         if self._steps:
             measured = self._measured()
@@ -126,8 +128,8 @@ class Progress:
             "productive_seconds": self._productive,
             "goodput": self._productive / max(time.time() - self._began, self._productive),
         }
-        if self._least_seconds is not None:
-            measured["mfu"] = self._least_seconds * self._steps / seconds
+        if self._peak is not None:
+            measured["mfu"] = self._flops / self._peak / seconds
         memory = jax.local_devices()[0].memory_stats()  # none on a CPU
         if memory and "peak_bytes_in_use" in memory:
             measured["peak_memory_bytes"] = memory["peak_bytes_in_use"]

@@ -20,7 +20,7 @@ from blocktx.train.distill import (
     distillation_sums,
     distillation_weights,
 )
-from blocktx.train.loss import training_counts, training_sums
+from blocktx.train.loss import bag_sums, training_counts, training_sums
 from blocktx.train.optimizer import multipliers, optimizer, schedule
 from blocktx.train.teacher import check_distillation
 
@@ -128,7 +128,9 @@ def _with_params(params: dict[str, Any], config: RunConfig) -> TrainState:
     return TrainState(jnp.int32(0), params, optimizer(config).init(params))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "model", "stage"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("config", "model", "stage", "bag"), donate_argnames="state"
+)
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
@@ -136,6 +138,7 @@ def train_step(
     model: Model,
     teacher: Teacher | None = None,
     stage: int = 0,
+    bag: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step on one batch. `state` is donated.
 
@@ -153,9 +156,11 @@ def train_step(
       teacher: of distillation, unless the batch holds its cached probabilities.
       stage: the index of the stage of distillation, which chooses losses and frozen parameters;
         static.
+      bag: whether the step is one of `config.loss.bag_steps`; static.
 
     Returns:
-      The state after the step, and scalars: `loss` (nats per token, before the update), the
+      The state after the step, and scalars: `loss` (nats per token, before the update; with `bag`
+      the bag-of-next-block loss), the
       auxiliary losses of `config.loss` (unweighted), `grad_norm` (before clipping),
       `learning_rate`, `tokens` (not padding) and, if it was given, whether any `stop` is True.
     """
@@ -163,8 +168,9 @@ def train_step(
         weights = distillation_weights(config.distill, stage)
         counts = distillation_counts(batch["mask"], weights)
     else:
-        weights = {"loss": 1.0, **config.loss.weights}
+        weights = {"loss": 1.0} if bag else {"loss": 1.0, **config.loss.weights}
         counts = training_counts(batch["mask"], config.loss)
+        counts = {name: counts[name] for name in weights}
     factors = multipliers(state.params, config, stage)
 
     def objective(params: dict[str, Any], part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
@@ -172,6 +178,8 @@ def train_step(
         params = jax.tree.map(lambda x, by: x if by else jax.lax.stop_gradient(x), params, factors)
         if config.distill.teacher:
             sums = distillation_sums(model, params, teacher, part, config.distill, stage)
+        elif bag:
+            sums = bag_sums(model, params, part["tokens"], part["mask"])
         else:
             sums = training_sums(model, params, part["tokens"], part["mask"], config.loss)
         return sum(weights[name] * sums[name] / counts[name] for name in weights), sums
