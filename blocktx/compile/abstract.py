@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blocktx.config import ModelConfig
 from blocktx.decode import Prompts
-from blocktx.model import quantize
+from blocktx.model import abstract_params, build, for_decoding, quantize
 from blocktx.parallel import replicated
 
 
@@ -20,10 +20,19 @@ def prompts(config: ModelConfig, rows: int, slots: int) -> Prompts:
     return Prompts(tokens, numbers, numbers, numbers, numbers, cache_blocks=slots)
 
 
-def quantized_params(
-    config: ModelConfig, params: dict[str, Any], kind: Literal["int8"] | None
+def decoding_params(
+    config: ModelConfig, mesh: Mesh, kind: Literal["int8"] | None
 ) -> dict[str, Any]:
-    """Return `blocktx.model.quantize` of ShapeDtypeStructs."""
+    """Return parameters as `for_decoding` and `quantize` return them.
+
+    Args:
+      config: of a model with `scan_layers` False.
+      mesh: over which they are sharded.
+      kind: of `quantize`.
+    """
+    wide, model = abstract_params(config, mesh), build(config)
+    shapes = jax.eval_shape(lambda params: for_decoding(model, params)[1], wide)
+    params = jax.tree.map(lambda x, like: like.update(sharding=x.sharding), wide, shapes)
     if kind is None:
         return params
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from blocktx import cost
-from blocktx.compile.abstract import bytes_on_a_chip, placed, prompts, quantized_params
+from blocktx.compile.abstract import bytes_on_a_chip, decoding_params, placed, prompts
 from blocktx.compile.advice import decoding_advice, training_advice
 from blocktx.compile.hlo import Program
 from blocktx.compile.hlo_collectives import collectives
@@ -25,7 +25,7 @@ from blocktx.compile.report import GIB, Report
 from blocktx.compile.topology import Topology
 from blocktx.config import MeshConfig, ModelConfig, RunConfig
 from blocktx.decode import Sampling, decode_blocks, decode_rows, init_rows, prefill
-from blocktx.model import abstract_params, build
+from blocktx.model import build
 from blocktx.parallel import batch_parts, batch_sharding, check_model_fits, create_mesh
 from blocktx.train import (
     abstract_batch,
@@ -127,7 +127,7 @@ def compile_decoding(
         )
     slots = context // model.block_length
     net, by_row = build(model), functools.partial(placed, sharding=batch_sharding(mesh))
-    params = quantized_params(model, abstract_params(model, mesh), quantized)
+    params = decoding_params(model, mesh, quantized)
     read = prompts(model, batch_size, slots)
     if program == "prefill":
         arguments = {"parameters": params, "prompts": by_row(read)}

@@ -14,6 +14,7 @@ from blocktx import cost
 from blocktx.benchmark.candidates import with_room
 from blocktx.command_line import read_config
 from blocktx.model.build import build, init_params
+from blocktx.model.params import for_decoding
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,7 +73,7 @@ def compiled_loop(config, chip):
 
     shapes = jax.eval_shape(
         lambda: (
-            init_params(model, jax.random.key(0)),
+            for_decoding(model, init_params(model, jax.random.key(0)))[1],
             jnp.zeros((rows, config.block_length), jnp.int32),
             jnp.zeros(rows, jnp.int32),
             model.create_cache(rows, slots),
@@ -97,7 +98,7 @@ def cycles_of_body(text):
 
 
 @pytest.mark.parametrize("name", ["block_170m", "vanilla_160m"])
-def test_block_step_is_within_twice_the_roofline(chip, name):
+def test_block_step_is_within_one_and_a_half_times_the_roofline(chip, name):
     config = with_room(read_config(f"{PAPER}:{name}").model, CONTEXT, "bfloat16")
     config = dataclasses.replace(config, platform="tpu", scan_layers=False)
     program = compiled_loop(config, chip)
@@ -106,7 +107,7 @@ def test_block_step_is_within_twice_the_roofline(chip, name):
     roofline = HZ * max(work.flops / FLOPS, work.bytes / BYTES)
     cycles = cycles_of_body(program.as_text())
     print(f"{name}: {cycles} cycles, {cycles / roofline:.2f} of the roofline")
-    assert roofline < cycles < 2 * roofline
+    assert roofline < cycles < 1.5 * roofline
     memory, cache = program.memory_analysis(), ROWS * cost.cache_bytes(config, slots)
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < 0.1 * cache

@@ -13,7 +13,7 @@ from blocktx.config.model import BlockConfig, StackConfig, VanillaConfig
 from blocktx.cost import count_params
 from blocktx.model.build import build
 from blocktx.model.loss import loss_by_position
-from blocktx.model.params import stack_layers, unstack_layers
+from blocktx.model.params import for_decoding, stack_layers, unstack_layers
 from blocktx.ops.gelu import gelu
 from blocktx.ops.rotary import rotary
 from tests.helpers.random_weights import random_params
@@ -208,6 +208,14 @@ def test_layers_taken_apart_and_put_together():
         params["token_decoder"]["stack"]["layers"]["mlp"]["up"]["kernel"][1],
     )
     jax.tree.map(np.testing.assert_array_equal, stack_layers(apart), params)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_norms_are_in_float32_and_all_else_in_the_compute_dtype_when_decoding(param_dtype):
+    net = build(dataclasses.replace(BLOCK, param_dtype=param_dtype, compute_dtype="bfloat16"))
+    _, params = for_decoding(net, random_params(net))
+    for path, leaf in flax.traverse_util.flatten_dict(params).items():
+        assert leaf.dtype == ("float32" if path[-2].endswith("norm") else "bfloat16"), path
 
 
 # Non-embedding parameters: the paper's (printed to one unit) and Pythia's own, of the model cards.
