@@ -40,7 +40,8 @@ def run(
 ) -> None:
     """Parse the flags and run `main`. Exit with a code that says what happened.
 
-    2: a mistake in the flags.
+    2: a mistake in the flags, or a ValueError whose message begins with the name of a flag that was
+       given or with two dashes.
     1: an error that a person must look at. Only its message is printed; --verbosity=debug adds
        the traceback. This is a UserError, a missing or forbidden file, a full disk, or a loss that
        is not finite. In a program that is not `restarted` it is also any ValueError or OSError.
@@ -76,7 +77,9 @@ def run(
             if isinstance(error, expected) or is_storage_full(error):
                 logging.debug("%s", traceback.format_exc())
                 field, colon, problem = str(error).partition(":")
-                fail((flag_of or {}).get(field, field) + colon + problem, code=1)
+                field = (flag_of or {}).get(field, field)
+                field = f"--{field}" if _is_given(field) else field
+                fail(field + colon + problem, code=2 if field.startswith("--") else 1)
             fail(traceback.format_exc(), code=70)
 
     if "jax_debug_nans" not in flags.FLAGS:
@@ -90,6 +93,12 @@ def run(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(failure.code)
+
+
+def _is_given(field: str) -> bool:
+    """Return whether a flag of this name, or of a field of it, is on the command line."""
+    given = (arg.lstrip("-").partition("=")[0] for arg in sys.argv[1:] if arg.startswith("-"))
+    return any(name == field or name.startswith(f"{field}.") for name in given)
 
 
 class _Failure(SystemExit):
@@ -147,15 +156,15 @@ def run_config(config: Mapping[str, Any]) -> RunConfig:
         fail(str(error))
 
 
-def read_config(spec: str) -> RunConfig:
+def read_config(spec: str, flag: str = "--config") -> RunConfig:
     """Return the RunConfig of `FILE.py` or `FILE.py:NAME`, for scripts without a config flag.
 
     Raises:
-      UserError: the file is missing or fails; the message begins with --config.
+      UserError: the file is missing or fails; the message begins with `flag`.
     """
     path, _, name = spec.partition(":")
     if not pathlib.Path(path).is_file():
-        raise UserError(_no_file(path))
+        raise UserError(_no_file(path, flag))
     loader = importlib.machinery.SourceFileLoader("config", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config", loader))
     try:
@@ -164,16 +173,16 @@ def read_config(spec: str) -> RunConfig:
             raise UserError(_NO_FUNCTION)
         return from_config_dict(module.get_config(name) if name else module.get_config())
     except Exception as error:  # the file can raise anything
-        raise UserError(_config_problem(error)) from error
+        raise UserError(_config_problem(error, flag)) from error
 
 
-def _no_file(path: str) -> str:
-    return f"--config: there is no file {path!r}"
+def _no_file(path: str, flag: str = "--config") -> str:
+    return f"{flag}: there is no file {path!r}"
 
 
-def _config_problem(error: Exception) -> str:
+def _config_problem(error: Exception, flag: str = "--config") -> str:
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"--config: {kind}{error}"
+    return f"{flag}: {kind}{error}"
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -195,9 +204,10 @@ def _parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:  # an override of an unknown field
         fail(_unknown_field(argv, str(error)))
     except (flags.Error, OSError, ValueError, TypeError) as error:
-        lines = str(error).rstrip().splitlines()
-        # config_flags puts a whole traceback into the message when a config file raises.
-        fail(f"{lines[0].rstrip(':')}: {lines[-1]}" if "Traceback" in str(error) else str(error))
+        if "Traceback" in str(error):  # config_flags adds that of a config file that raises
+            last = str(error).rstrip().splitlines()[-1]
+            fail(f"--config: {last.removeprefix('ValueError: ')}")
+        fail(str(error))
     except Exception as error:  # the config file is not Python, or raises
         fail(_config_problem(error))
 

@@ -28,9 +28,15 @@ def is_bucket(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Return the absolute path, with `~` expanded. A path in a bucket is returned as it is."""
-    path = epath.Path(path)
-    return path if is_bucket(path) else path.expanduser().absolute()
+    """Return the absolute path, with `~` expanded. A path in a bucket is returned as it is.
+
+    Raises:
+      ValueError: the path is in a bucket, and gcsfs is not installed.
+    """
+    if is_bucket(path):
+        _require_gcsfs("path", path)
+        return epath.Path(path)
+    return epath.Path(path).expanduser().absolute()
 
 
 def bucket_filesystem(field: str, path: epath.PathLike) -> Any:
@@ -43,11 +49,15 @@ def bucket_filesystem(field: str, path: epath.PathLike) -> Any:
     Raises:
       ValueError: gcsfs is not installed.
     """
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(f"{field}: {os.fspath(path)} needs gcsfs: pip install -e '.[gcs]'")
+    _require_gcsfs(field, path)
     import fsspec
 
     return fsspec.filesystem("gs", finalize_on_close=True)  # the instance that epath uses
+
+
+def _require_gcsfs(field: str, path: epath.PathLike) -> None:
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"{field}: {os.fspath(path)} needs gcsfs: pip install -e '.[gcs]'")
 
 
 def run_folder(workdir: epath.PathLike) -> epath.Path:

@@ -192,5 +192,6 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
       ValueError: there is none; the message lists those that there are.
     """
     if name not in _RUNS:
-        raise ValueError(f"configs/paper.py:{name}: unknown; use one of {', '.join(NAMES)}")
+        problem = f":{name}: unknown; use" if name else " needs a name, as in paper.py:block_170m;"
+        raise ValueError(f"configs/paper.py{problem} one of {', '.join(NAMES)}")
     return to_config_dict(_RUNS[name])

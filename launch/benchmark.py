@@ -125,7 +125,7 @@ def _candidates(tokens: int) -> list[Candidate]:
         specs[against] = equal_vanilla(specs[name or path])
     elif against:
         other = against if ".py" in against else f"{path}:{against}"
-        specs[against] = command_line.read_config(other).model
+        specs[against] = command_line.read_config(other, "--against").model
     return [
         Candidate(
             name,
@@ -170,7 +170,7 @@ def _rounds(candidates: list[Candidate], **shape: int) -> list[list[int]]:
 
 def main() -> None:
     if bool(_CONFIG.value) == bool(_CHECKPOINT.value):
-        raise ValueError("give either --config or --checkpoint; see --help")
+        command_line.fail("give either --config or --checkpoint; see --help")
     prompt, new = _tokens()
     _batch_sizes()
     prepare_gpu(training=False)

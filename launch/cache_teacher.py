@@ -1,12 +1,12 @@
-"""Write the teacher's most probable tokens for all steps of a distillation run, once.
+r"""Write the teacher's most probable tokens for all steps of a distillation run, once.
 
     python launch/cache_teacher.py --config=configs/distill.py:logits --output=runs/teacher
     python launch/train.py --config=configs/distill.py:logits --workdir=runs/distill/logits-0 \
         --config.distill.cache=runs/teacher
 
 Training then reads them in place of running the teacher. Stages with a hidden_weight need the
-teacher itself. The same command goes on after an
-interruption. A token takes 4 bytes for each of --top_k (6 with a vocabulary above 65,536).
+teacher itself. The same command goes on after an interruption. A token takes 4 bytes for each of
+--top_k (6 with a vocabulary above 65,536).
 """
 
 from absl import flags

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README: launch/pictures/model.png and gain.png.
+r"""Draw the pictures of the README: launch/pictures/model.png and gain.png.
 
     python launch/draw_readme.py
 
@@ -10,7 +10,7 @@ gain.png shows figures of 2 CPU cores, float32, 2026-11-24, of
 
 import pathlib
 
-from blocktx import plotting
+from blocktx import command_line, plotting
 
 _FOLDER = pathlib.Path(__file__).parent / "pictures"
 _MEASURED = {  # of block_170m and vanilla_160m
@@ -111,6 +111,10 @@ def draw_gain():
     return figure
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(plotting.save(draw_model(), _FOLDER / "model.png"))
     print(plotting.save(draw_gain(), _FOLDER / "gain.png"))
+
+
+if __name__ == "__main__":
+    command_line.run(main, required=())

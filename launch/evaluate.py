@@ -10,7 +10,9 @@ predicted from at least context_length - stride tokens, if there are so many.
 
 compares the checkpoint with a reference of the same tokenizer, such as the model it was made from:
 bits per byte and loss by position of both, KL divergence and agreement on the same tokens, greedy
-continuations and their repetition, and decoding speed.
+continuations and their repetition, and decoding speed. Both then predict each document from its
+beginning on, so losses differ a little from those of one checkpoint, whose contexts go on over the
+ends of documents.
 
 Ctrl-C prints what was computed so far.
 """
@@ -84,8 +86,10 @@ _BIN = flags.DEFINE_integer(
     "bin", None, "Tokens in a bin of the loss by place in the context. None: 16 bins."
 )
 _PROMPTS = flags.DEFINE_integer("prompts", 64, "With --against: prompts to continue.")
-_PROMPT = flags.DEFINE_integer("prompt", None, "Tokens of each. None: half of the context.")
-_NEW = flags.DEFINE_integer("new", 64, "Tokens to generate after each, at most.")
+_PROMPT = flags.DEFINE_integer(
+    "prompt", None, "With --against: tokens of each prompt. None: half of the context."
+)
+_NEW = flags.DEFINE_integer("new", 64, "With --against: most tokens of a continuation.")
 _SPEED_BATCHES = flags.DEFINE_list(
     "speed_batches", ["1", "8", "32"], "With --against: batch sizes of the measured decoding."
 )

@@ -4,8 +4,9 @@ python launch/load_test.py --url=http://127.0.0.1:8000/v1 --rate=1,2,4 --output=
 python launch/load_test.py --concurrency=32 --requests=200
 
 Requests arrive at random (Poisson) at each --rate, or a fixed number is kept in flight
-(--concurrency). Prompts are random token ids, of lengths spread evenly over --prompt_tokens. The
-answers have geometric lengths of mean --answer_mean and do not end earlier. Or --workload has both:
+(--concurrency). Prompts are random token ids, of lengths spread evenly over --prompt_tokens, by
+default as long as the server's context allows, up to 1,024. The answers have geometric lengths of
+mean --answer_mean and do not end earlier. Or --workload has both:
 a JSON object with "prompt" and "max_tokens" on each line.
 
 Needs httpx, of the extra `serve`. Ctrl-C prints and writes what was measured so far.
@@ -13,6 +14,7 @@ Needs httpx, of the extra `serve`. Ctrl-C prints and writes what was measured so
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -33,7 +35,9 @@ _MODEL = flags.DEFINE_string("model", None, "Model to ask for. Default: the serv
 _RATE = flags.DEFINE_list("rate", [], "Requests per second, one or more numbers, in turn.")
 _CONCURRENCY = flags.DEFINE_list("concurrency", [], "Requests kept in flight, in place of a rate.")
 _REQUESTS = flags.DEFINE_integer("requests", 100, "Requests at each rate.", lower_bound=1)
-_PROMPT_TOKENS = flags.DEFINE_string("prompt_tokens", "16-1024", "Range of prompt lengths.")
+_PROMPT_TOKENS = flags.DEFINE_string(
+    "prompt_tokens", None, "Range of prompt lengths, as in 16-1024."
+)
 _ANSWER_MEAN = flags.DEFINE_float("answer_mean", 64, "Mean tokens of an answer.", lower_bound=1)
 _ANSWER_MAX = flags.DEFINE_integer("answer_max", 256, "Most tokens of an answer.", lower_bound=1)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 256, "Random ids are below this.", lower_bound=1)
@@ -47,6 +51,7 @@ _AGAINST = flags.DEFINE_multi_string(
 )
 
 _PERCENTILES = (50, 95, 99)
+_LONGEST_PROMPT = 1024  # tokens, unless --prompt_tokens is given
 _HEADER = (
     f"{'load':>12} {'done':>6} {'errors':>6} {'req/s':>8} {'tokens/s':>9}  "
     f"{'first token, ms':^23}  {'between tokens, ms':^23}\n"
@@ -63,10 +68,11 @@ class Outcome:
     last: float = math.nan
     tokens: int = 0
     error: str = ""
+    said: str = ""  # by the server, of the error
 
 
-def workload(count: int) -> list[dict[str, Any]]:
-    """Return the bodies of `count` requests.
+def workload(count: int, longest: int) -> list[dict[str, Any]]:
+    """Return the bodies of `count` requests, whose prompts have `longest` tokens at most.
 
     Raises:
       ValueError: a flag or a line of the workload is invalid.
@@ -80,13 +86,14 @@ def workload(count: int) -> list[dict[str, Any]]:
         if not bodies:
             raise ValueError(f"--workload: {_WORKLOAD.value} is empty")
         return [bodies[i % len(bodies)] for i in range(count)]
-    low, _, high = _PROMPT_TOKENS.value.partition("-")
+    given = _PROMPT_TOKENS.value or f"{min(16, longest)}-{longest}"
+    low, _, high = given.partition("-")
     try:
         low, high = int(low), int(high or low)
     except ValueError:
         low = high = 0
     if not 1 <= low <= high:
-        raise ValueError(f"--prompt_tokens: got {_PROMPT_TOKENS.value!r}, expected LOW-HIGH")
+        raise ValueError(f"--prompt_tokens: got {given!r}, expected LOW-HIGH, as in 16-1024")
     rng = np.random.default_rng(_SEED.value)
     return [
         dict(
@@ -107,8 +114,8 @@ async def request(client: Any, body: dict[str, Any]) -> Outcome:
     try:
         async with client.stream("POST", "/completions", json=body | options) as response:
             if response.status_code != 200:
-                await response.aread()
-                return Outcome(error=f"HTTP {response.status_code}")
+                text = (await response.aread()).decode(errors="replace")
+                return Outcome(error=f"HTTP {response.status_code}", said=_message(text))
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
                     done = True
@@ -134,14 +141,21 @@ async def request(client: Any, body: dict[str, Any]) -> Outcome:
     return outcome
 
 
-async def run(load: float, poisson: bool) -> tuple[list[Outcome], float, bool]:
+def _message(body: str) -> str:
+    """Return the message of an error, of at most 300 characters."""
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        body = str(json.loads(body)["error"]["message"])
+    return body if len(body) <= 300 else f"{body[:300]}..."
+
+
+async def run(load: float, poisson: bool, longest: int) -> tuple[list[Outcome], float, bool]:
     """Return the outcomes at one rate or concurrency, and the seconds that they took.
 
     The last is False if Ctrl-C came; the outcomes are then those of the requests that had ended.
     """
     import httpx
 
-    bodies = workload(_REQUESTS.value)
+    bodies = workload(_REQUESTS.value, longest)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     free = asyncio.Semaphore(len(bodies) if poisson else int(load))
     rng = np.random.default_rng(_SEED.value)
@@ -182,6 +196,7 @@ def summary(load: str, outcomes: Sequence[Outcome], seconds: float) -> dict[str,
         "load": load,
         "requests": len(right),
         "errors": dict(collections.Counter(o.error for o in outcomes if o.error)),
+        "said": {o.error: o.said for o in outcomes if o.said},
         "seconds": round(seconds, 3),
         "requests_per_second": round(len(right) / seconds, 3),
         "tokens_per_second": round(sum(outcome.tokens for outcome in right) / seconds, 2),
@@ -245,11 +260,11 @@ def _loads() -> list[tuple[float, bool]]:
     return loads
 
 
-def _measured(loads: Sequence[tuple[float, bool]]) -> Iterator[list[dict[str, Any]]]:
+def _measured(loads: Sequence[tuple[float, bool]], longest: int) -> Iterator[list[dict[str, Any]]]:
     """Print the figures of each load, and yield those of all so far."""
     results = []
     for load, poisson in loads:
-        outcomes, seconds, finished = asyncio.run(run(load, poisson))
+        outcomes, seconds, finished = asyncio.run(run(load, poisson, longest))
         if outcomes:
             name = f"{load:g}/s" if poisson else f"{load} at once"
             results.append(summary(name, outcomes, seconds))
@@ -265,12 +280,16 @@ def main() -> None:
     loads = _loads()
     try:
         models = httpx.get(f"{_URL.value.rstrip('/')}/models", timeout=10).json()
-        name = models["data"][0]["id"]
-    except (httpx.HTTPError, ValueError, LookupError) as error:
+        served = {model["id"]: model for model in models["data"]}
+        name = _MODEL.value or next(iter(served))
+    except (httpx.HTTPError, ValueError, LookupError, StopIteration) as error:
         raise ValueError(f"--url: {_URL.value} does not answer /models: {error}") from None
-    flags.FLAGS.model = _MODEL.value or name
+    flags.FLAGS.model = name
+    context = served.get(name, {}).get("max_model_len") or math.inf
+    longest = max(1, min(_LONGEST_PROMPT, context - _ANSWER_MAX.value))
+    workload(1, longest)  # raises before the header
     print(_HEADER, flush=True)
-    results, finished = until_interrupted(_measured(loads), lambda _: None)
+    results, finished = until_interrupted(_measured(loads, longest), lambda _: None)
     if not finished:
         print("interrupted: of the requests until then")
     errors = collections.Counter()
@@ -278,6 +297,8 @@ def main() -> None:
         errors.update(found["errors"])
     if errors:
         print("errors: " + ", ".join(f"{count} {name}" for name, count in errors.items()))
+        said = collections.ChainMap(*(found["said"] for found in results))
+        print(*(f"{name}: {text}" for name, text in said.items()), sep="\n")
     if _OUTPUT.value and results:
         folder = pathlib.Path(_OUTPUT.value)
         label = _LABEL.value or _MODEL.value
@@ -297,6 +318,8 @@ def main() -> None:
         print(folder / "load_test.json", folder / "load_test.png")
     if not finished:
         raise KeyboardInterrupt
+    if not any(found["requests"] for found in results):
+        command_line.fail("no request was answered", code=1)
 
 
 if __name__ == "__main__":

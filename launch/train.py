@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Flags override fields of the configuration, such as --config.training.steps=50. After Ctrl-C or
+Flags override fields of the configuration, such as --config.training.steps=200. After Ctrl-C or
 SIGTERM the run saves, then stops. The same command with --resume continues it, and
 launch/restart.sh repeats the command until training is complete.
 

@@ -77,6 +77,34 @@ def test_messages_name_the_flag_that_the_user_gave(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: see config.data.source: x\n"
 
 
+@pytest.mark.parametrize(
+    ("message", "printed", "code"),
+    [
+        ("rows: got 0", "--rows: got 0", 2),
+        ("config.mesh: does not fit", "--config.mesh: does not fit", 2),  # of config.mesh.data
+        ("--rate: got 'x'", "--rate: got 'x'", 2),
+        ("row: got 0", "row: got 0", 1),
+        ("config.model: got 0", "config.model: got 0", 1),
+        ("no rows: got 0", "no rows: got 0", 1),
+    ],
+)
+def test_an_invalid_flag_ends_with_2(message, printed, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["test", "--rows=0", "--config.mesh.data=3"])
+    assert code_of(ValueError(message), monkeypatch) == code
+    assert capsys.readouterr().err == f"error: {printed}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.py")))
+def test_every_script_has_help(script, tmp_path):
+    command = [sys.executable, ROOT / "launch" / script, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--help" in done.stdout
+    assert "\\\n" not in done.stdout.replace(" \\\n    ", "")  # a command goes on indented
+    assert not list(tmp_path.iterdir())
+
+
 def launch(*arguments):
     command = [sys.executable, "launch/train.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

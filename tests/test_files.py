@@ -7,6 +7,7 @@ import os
 import pytest
 from etils import epath
 
+from blocktx.checkpoint.params import load_params
 from blocktx.files import AppendLog, copy_folder, run_folder, write_atomic
 
 
@@ -35,6 +36,8 @@ def test_bucket_that_cannot_be(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"gs://bucket/run needs gcsfs: pip install -e '\.\[gcs"):
         run_folder("gs://bucket/run")
+    with pytest.raises(ValueError, match=r"path: gs://bucket/run needs gcsfs: pip install"):
+        load_params("gs://bucket/run")
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

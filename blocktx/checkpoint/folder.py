@@ -127,8 +127,8 @@ def read(folder: epath.Path, **items: Any) -> Any:
 
 
 def _damaged(folder: epath.Path, items: str, error: Exception) -> DamagedError:
-    text = str(error)
-    text = text if len(text) <= 2000 else f"{text[:2000]}..."
+    text = str(error).partition("See full TensorStore details")[0].rstrip(" .")
+    text = text if len(text) <= 500 else f"{text[:500]}..."
     return DamagedError(f"{folder}: cannot read {items}, a file may be damaged or missing: {text}")
 
 

@@ -130,10 +130,10 @@ def load_config(path: epath.PathLike) -> tuple[epath.Path, int, RunConfig]:
 
 
 def _find_metadata(path: epath.PathLike, verify: bool) -> tuple[epath.Path, Metadata]:
-    if is_safetensors(path):
-        folder = absolute(path)
+    folder = absolute(path)
+    if is_safetensors(folder):
         return folder, safetensors.read_metadata(folder, verify=verify)
-    folder = find(path)
+    folder = find(folder)
     return folder, read_metadata(folder, verify=verify)
 
 

@@ -91,7 +91,10 @@ def to_hf(
     """
     config = model.config
     if config.kind != "vanilla":
-        raise ValueError("a block model has no counterpart in transformers; use to_official")
+        raise ValueError(
+            "the model: transformers has no block models; write the authors' format: "
+            "convert.py to-official, or blocktx.convert.to_official"
+        )
     _, problems = hf_config.family_of(config)
     raise_all("the model", problems)
     tensors, problems = mapping.to_tensors(

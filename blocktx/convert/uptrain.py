@@ -59,7 +59,7 @@ def uptrain(
         cannot be divided in this way, or a number is out of range; all that is wrong is listed.
     """
     if vanilla.kind != "vanilla":
-        raise ValueError("uptrain starts from a vanilla model; lengthen makes blocks longer")
+        raise ValueError("uptrain starts from a vanilla model; got a block model: see lengthen")
     problems = []
     try:
         for_blocks, for_tokens = _division(vanilla.decoder.layers, method, block_layers)

@@ -249,6 +249,6 @@ class _File:
             begin += len(data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # at exit `os` may be gone
         if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+            close(self._descriptor)

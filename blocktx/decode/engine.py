@@ -1,6 +1,8 @@
 """Text in, text out: a trained checkpoint, ready to generate."""
 
 import dataclasses
+import difflib
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Unpack, overload
 
@@ -88,6 +90,10 @@ class Engine:
         self.model, params = for_decoding(build(config.model), params)
         self.params = quantize(self.model.config, params, quantized)
         self.config = dataclasses.replace(config, model=self.model.config)
+
+    def __repr__(self) -> str:
+        model, count = self.config.model, sum(x.size for x in jax.tree.leaves(self.params))
+        return f"Engine({model.kind}, {count:,} parameters, context_length={model.context_length})"
 
     @property
     def placement(self) -> Placement:
@@ -185,11 +191,17 @@ class Engine:
             parts make up the text that is returned otherwise. Abandon the iterator to stop.
 
         Raises:
+          TypeError: there is no such option.
           ValueError: at the call, before tracing: see `generate_blocks`; or a prompt is not text or
             token ids, or has no character that the tokenizer knows.
         """
         if return_logprobs and stream:
             raise ValueError("return_logprobs: cannot be combined with stream; set one to False")
+        known = typing.get_type_hints(GenerateOptions)
+        for name in options.keys() - SamplingOptions.__annotations__.keys():
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
+            raise TypeError(f"generate: no option {name!r}; {hint}")
         if rows < 1:
             raise ValueError(f"rows: got {rows!r}, must be 1 or greater")
         stop_ids, strings = split_stop(stop)

@@ -30,7 +30,8 @@ def encode_prompts(prompts: Any, tokenizer: Tokenizer) -> list[list[int]]:
     rows = [to_python(prompt) for prompt in given]
     if not all(map(_is_prompt, rows)):
         raise ValueError(
-            f"prompts: got {prompts!r:.200}, expected a string or a list of strings or token ids"
+            f"prompts: got {prompts!r:.200}, expected a string, or a list that has a string or a "
+            "list of token ids for each prompt"
         )
     ids = [
         encode_text(p, tokenizer, row) if isinstance(p, str) else p for row, p in enumerate(rows)

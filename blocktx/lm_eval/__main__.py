@@ -18,6 +18,8 @@ def main() -> None:
     LMEVAL_LOG_LEVEL=DEBUG adds the traceback.
     """
     choose_backend()
+    if {"-h", "--help"} & set(sys.argv):
+        print("blocktx adds --model blocktx --model_args checkpoint=RUN to these flags.\n")
     try:
         cli_evaluate()
     except (OSError, ValueError) as error:

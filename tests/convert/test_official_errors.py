@@ -196,7 +196,7 @@ def test_other_models_are_refused(tmp_path):
     assert "vanilla GPT-NeoX model" in refusal(golden.path("vanilla"))
     assert "Block Transformer" in refusal(golden.path("cls_sum"), load=load_neox)
     model, params = load_official(golden.path("lookup_prefix1"))
-    with pytest.raises(ValueError, match="use to_official"):
+    with pytest.raises(ValueError, match=r"blocktx\.convert\.to_official"):
         to_neox(model, params)
     with pytest.raises(ValueError, match="use to_hf"):
         to_official(*load_neox(golden.path("vanilla")))

