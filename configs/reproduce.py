@@ -34,28 +34,35 @@ def _vanilla(layers: int, width: int) -> VanillaConfig:
 
 
 _MODELS = {
-    "block": _block(32),
-    "vanilla": _vanilla(6, 32),
-    "flops_block": _block(32),
-    "flops_wide_block": _block(64),
+    "block": _block(64),
+    "vanilla": _vanilla(6, 64),
+    "smaller_block": _block(32),
+    "smaller_vanilla": _vanilla(6, 32),
+    "flops_block": _block(64),
+    "flops_wide_block": _block(96),
     # As in the paper: a narrower token decoder, and as many non-embedding parameters in all.
     "megabyte": BlockConfig(
         **_SHARED,
         block_length=4,
-        block_decoder=_stack(5, 32),
-        token_decoder=_stack(4, 16),
+        block_decoder=_stack(5, 64),
+        token_decoder=_stack(4, 32),
         conditioning="summation",
     ),
     "frontier_vanilla_s": _vanilla(2, 32),
-    "frontier_vanilla_l": _vanilla(6, 64),
-    "frontier_block4_m": _block(64),
+    "frontier_vanilla_m": _vanilla(6, 32),
+    "frontier_block4_s": _block(32),
     "frontier_block4_l": _block(96),
     "frontier_block2": _block(32, 2),
     "frontier_block8": _block(64, 8),
 }
-_STEPS = 1000
-# With the training FLOPs of `vanilla`, as `blocktx.cost` counts them.
-_EQUAL_FLOPS_STEPS = {"flops_block": 2236, "flops_wide_block": 698}
+_STEPS = 4000  # 4.1M tokens, once through the text
+_OTHER_STEPS = {
+    "smaller_block": 1000,
+    "smaller_vanilla": 1000,
+    # With the training FLOPs of `vanilla`, as `blocktx.cost` counts them.
+    "flops_block": 7596,
+    "flops_wide_block": 3682,
+}
 _LEARNING_RATES = {}  # others than the usual one; see the study `learning_rate`
 
 
@@ -67,7 +74,7 @@ def get_config(name: str = "block") -> ml_collections.ConfigDict:
     """
     if name not in _MODELS:
         raise ValueError(f"configs/reproduce.py:{name}: unknown; use one of {', '.join(_MODELS)}")
-    steps = _EQUAL_FLOPS_STEPS.get(name, _STEPS)
+    steps = _OTHER_STEPS.get(name, _STEPS)
     return to_config_dict(
         RunConfig(
             model=_MODELS[name],

@@ -12,6 +12,8 @@ class Scale(NamedTuple):
 
     block: str  # the run that all ablations vary; its two decoders have layers of one kind
     vanilla: str  # its equal in non-embedding parameters
+    smaller_block: str  # smaller than `block` and `vanilla`, and trained on no more tokens
+    smaller_vanilla: str
     megabyte: str
     equal_flops: tuple[str, tuple[str, ...]]  # a vanilla run, and block models trained like it
     fast_block: str  # of which decoding is measured, as of the next two
@@ -32,6 +34,8 @@ SCALES = {
     "cpu": Scale(
         block="configs/reproduce.py:block",
         vanilla="configs/reproduce.py:vanilla",
+        smaller_block="configs/reproduce.py:smaller_block",
+        smaller_vanilla="configs/reproduce.py:smaller_vanilla",
         megabyte="configs/reproduce.py:megabyte",
         equal_flops=(
             "configs/reproduce.py:vanilla",
@@ -45,10 +49,10 @@ SCALES = {
             f"configs/reproduce.py:{name}"
             for name in (
                 "frontier_vanilla_s",
+                "frontier_vanilla_m",
                 "vanilla",
-                "frontier_vanilla_l",
+                "frontier_block4_s",
                 "block",
-                "frontier_block4_m",
                 "frontier_block4_l",
                 "frontier_block2",
                 "frontier_block8",
@@ -65,6 +69,8 @@ SCALES = {
     "paper": Scale(
         block="configs/paper.py:block_170m",
         vanilla="configs/paper.py:vanilla_160m",
+        smaller_block="configs/paper.py:block_77m",
+        smaller_vanilla="configs/paper.py:vanilla_70m",
         megabyte="configs/paper.py:megabyte_85m",
         equal_flops=(
             "configs/paper.py:vanilla_70m",
@@ -125,6 +131,8 @@ class Base:
     scale: Scale
     block: RunConfig
     vanilla: RunConfig
+    smaller_block: RunConfig
+    smaller_vanilla: RunConfig
     megabyte: RunConfig
     equal_flops_vanilla: RunConfig
     equal_flops_blocks: dict[str, RunConfig]
@@ -151,6 +159,8 @@ class Base:
             scale=scale,
             block=read(scale.block),
             vanilla=read(scale.vanilla),
+            smaller_block=read(scale.smaller_block),
+            smaller_vanilla=read(scale.smaller_vanilla),
             megabyte=read(scale.megabyte),
             equal_flops_vanilla=read(vanilla),
             equal_flops_blocks={spec.rpartition(":")[2]: read(spec) for spec in blocks},

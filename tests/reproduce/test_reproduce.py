@@ -51,6 +51,8 @@ def base(data) -> Base:
         scale=scale,
         block=dataclasses.replace(run, model=BLOCK),
         vanilla=dataclasses.replace(run, model=VANILLA),
+        smaller_block=dataclasses.replace(run, model=BLOCK),
+        smaller_vanilla=dataclasses.replace(run, model=VANILLA),
         megabyte=dataclasses.replace(run, model=megabyte),
         equal_flops_vanilla=dataclasses.replace(run, model=VANILLA),
         equal_flops_blocks={"flops_block": dataclasses.replace(run, model=BLOCK)},
@@ -350,6 +352,21 @@ def test_allocation_by_length_compares_leads(base, long_block, verdict):
 
 
 @pytest.mark.parametrize(
+    ("lead", "verdict"), [(0.3, "agrees"), (0.1, "undecided"), (0, "disagrees")]
+)
+def test_growth_compares_leads_at_two_scales(base, lead, verdict):
+    """1:1 leads by 0.1 in the smaller model."""
+    study = STUDIES["growth"](base)
+    losses = {run.name: [3.0, 3.1] for run in study.runs}
+    losses["smaller_ratio_1_5_length_4"] = losses["smaller_ratio_5_1_length_4"] = [3.1, 3.2]
+    losses["ratio_1_5_length_4"] = losses["ratio_5_1_length_4"] = [3.0 + lead, 3.1 + lead]
+    values = {"loss_by_position": [3.0] * 8, "fall": [0.1, 0.01], "exchange": [0.1, 0.01]}
+    found = study.find(made_up(study, losses, **values))
+    assert verdicts(found)[:2] == [verdict] * 2
+    assert verdicts(found)[2:] == ["undecided"] * 7
+
+
+@pytest.mark.parametrize(
     ("uptrained", "scratch", "whole", "wanted"),
     [
         (3.05, 4.0, 3.0, ["agrees", "agrees"]),
@@ -461,7 +478,7 @@ def test_equal_flops_runs_of_the_cpu_scale_have_equal_flops():
     flops = []
     for name in ("vanilla", "flops_block", "flops_wide_block"):
         config = read_config(f"{ROOT}/configs/reproduce.py:{name}")
-        flops.append(config.training.steps * cost.train_step(config).flops)
+        flops.append(cost.training_run(config).flops)
     np.testing.assert_allclose(flops, flops[0], rtol=0.01)
 
 

@@ -9,7 +9,9 @@ from blocktx.reproduce.studies import (
     conditioning,
     embedder,
     equal_flops,
+    first_phase,
     frontier,
+    growth,
     long_context,
     long_prompt,
     megabyte,
@@ -23,6 +25,7 @@ from blocktx.reproduce.study import Study
 STUDIES: dict[str, Callable[[Base], Study]] = {
     "regime": regime.study,
     "learning_curve": regime.learning_curve,
+    "growth": growth.study,
     "block_length": block_length.study,
     "allocation": allocation.study,
     "position_loss": position_loss.study,
@@ -41,4 +44,5 @@ STUDIES: dict[str, Callable[[Base], Study]] = {
 # What the paper leaves open; not part of `all`.
 FURTHER: dict[str, Callable[[Base], Study]] = {
     "mean_embedder": embedder.mean_study,
+    "first_phase": first_phase.study,
 }

@@ -21,30 +21,29 @@ from blocktx.reproduce.study import (
     spread,
 )
 
-_LENGTHS = (1, 2, 4, 8)  # tokens in a block
-_TICKS = {length: str(length) for length in _LENGTHS}
+_TICKS = {length: str(length) for length in common.LENGTHS}
 
 
 def study(base: Base) -> Study:
-    runs = {length: common.of_length(base, length) for length in _LENGTHS}
+    runs = {length: common.of_length(base, length) for length in common.LENGTHS}
 
     def fast(length: int) -> BlockConfig:
         prefix = min(length, base.fast_block.prefix_length)
         return dataclasses.replace(base.fast_block, block_length=length, prefix_length=prefix)
 
-    models = {f"length_{length}": fast(length) for length in _LENGTHS}
+    models = {f"length_{length}": fast(length) for length in common.LENGTHS}
     models["vanilla"] = base.fast_vanilla
     speed = common.speed_of("block_length", base, models)
 
     def find(results: Results) -> Found:
-        losses = {length: results.values(runs[length].name) for length in _LENGTHS}
+        losses = {length: results.values(runs[length].name) for length in common.LENGTHS}
         vanilla, noise = results.values("vanilla"), results.noise()
         checks = [
             lower(losses[a], losses[b], f"blocks of {a} have a lower loss than of {b}", noise)
-            for a, b in itertools.pairwise(_LENGTHS)
+            for a, b in itertools.pairwise(common.LENGTHS)
         ]
-        mean = [statistics.mean(losses[length]) for length in _LENGTHS]
-        correlation = float(np.corrcoef(np.log2(_LENGTHS), mean)[0, 1])
+        mean = [statistics.mean(losses[length]) for length in common.LENGTHS]
+        correlation = float(np.corrcoef(np.log2(common.LENGTHS), mean)[0, 1])
         straight = holds(
             correlation > 0.95,
             "loss rises linearly with the logarithm of the length",
@@ -58,17 +57,17 @@ def study(base: Base) -> Study:
                 "tokens in a block",
                 common.LOSS,
                 [
-                    Series("block", _LENGTHS, list(losses.values())),
-                    Series("vanilla", [_LENGTHS[0], _LENGTHS[-1]], [vanilla] * 2),
+                    Series("block", common.LENGTHS, list(losses.values())),
+                    Series("vanilla", [common.LENGTHS[0], common.LENGTHS[-1]], [vanilla] * 2),
                 ],
                 log="x",
                 ticks=_TICKS,
             )
         ]
-        rows = [[f"blocks of {length}", spread(losses[length]), ""] for length in _LENGTHS]
+        rows = [[f"blocks of {length}", spread(losses[length]), ""] for length in common.LENGTHS]
         rows.append(["vanilla", spread(vanilla), ""])
         if rates := results.rates(speed.name):
-            of_length = [rates[f"length_{length}"] for length in _LENGTHS]
+            of_length = [rates[f"length_{length}"] for length in common.LENGTHS]
             checks += _speed_checks(of_length, rates["vanilla"])
             charts.append(_speed_chart(common.setting(speed), of_length, rates["vanilla"]))
             for row, rate in zip(rows, [*of_length, rates["vanilla"]], strict=True):
@@ -85,7 +84,7 @@ def study(base: Base) -> Study:
 
 
 def _speed_checks(rates: list[float], vanilla: float) -> list[Check]:
-    of_4 = rates[_LENGTHS.index(4)]
+    of_4 = rates[common.LENGTHS.index(4)]
     return [
         holds(
             all(a < b for a, b in itertools.pairwise(rates)),
@@ -103,8 +102,8 @@ def _speed_chart(setting: str, rates: list[float], vanilla: float) -> Chart:
         "tokens in a block",
         "generated tokens per second",
         [
-            Series("block", _LENGTHS, [[rate] for rate in rates]),
-            Series("vanilla", [_LENGTHS[0], _LENGTHS[-1]], [[vanilla]] * 2),
+            Series("block", common.LENGTHS, [[rate] for rate in rates]),
+            Series("vanilla", [common.LENGTHS[0], common.LENGTHS[-1]], [[vanilla]] * 2),
         ],
         log="xy",
         ticks=_TICKS,

@@ -7,6 +7,7 @@ from blocktx.reproduce.scale import Base, with_steps
 from blocktx.reproduce.study import Chart, Run, Series, Speed
 
 RATIOS = [(5, 1), (2, 1), (1, 1), (1, 2), (1, 5)]  # of layers in block and token decoder
+LENGTHS = (1, 2, 4, 8)  # tokens in a block
 LOSS = "held-out loss (nats per token)"
 
 

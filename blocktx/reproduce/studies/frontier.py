@@ -111,10 +111,8 @@ def learning_rate(base: Base) -> Study:
 
 def _runs(base: Base) -> dict[str, Run]:
     """Return the frontier's runs by name; those that are also in other studies have their name."""
-    shared = {
-        common.vanilla(base).config: common.vanilla(base),
-        common.ordinary(base).config: common.ordinary(base),
-    }
+    others = [common.vanilla(base), *(common.of_length(base, length) for length in common.LENGTHS)]
+    shared = {run.config: run for run in others}
     return {name: shared.get(config, Run(name, config)) for name, config in base.frontier.items()}
 
 
