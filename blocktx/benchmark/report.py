@@ -118,7 +118,7 @@ def _draw_by_loss(axes: Axes, results: Sequence[Result], colors: dict[str, str])
     axes.margins(x=0.15, y=0.25)
     plotting.log_axis(axes.yaxis)
     axes.locator_params(axis="x", nbins=5)
-    plotting.label_ends(axes, ends, lift=9)
+    plotting.label_points(axes, ends)
 
 
 def _front(results: Sequence[Result]) -> list[Result]:

@@ -1,6 +1,7 @@
-"""`launch/load_test.py` that Ctrl-C ends, against a server that stops answering."""
+"""`launch/load_test.py`: Ctrl-C, against a server that stops answering; its plot."""
 
 import http.server
+import importlib.util
 import json
 import pathlib
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+from blocktx import plotting
 from tests.helpers.processes import started
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -69,3 +71,23 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert [load["requests"] for load in found["loads"]] == [3, 2]
     assert found["finished"] is False
     assert (tmp_path / "load_test.png").exists()
+
+
+def test_points_of_the_plot_have_room_above(tmp_path, monkeypatch):
+    """Also where p95 is nearly flat, and the axis begins at 0."""
+    spec = importlib.util.spec_from_file_location("load_test", ROOT / "launch" / "load_test.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    shown = []
+    monkeypatch.setattr(plotting, "save", lambda figure, path: shown.append(figure))
+    for spread in (0.1, 100):
+        loads = [
+            dict(load=f"{n}/s", tokens_per_second=64 * n, first_token_ms={"p95": 50 + spread * i})
+            for i, n in enumerate([1, 2, 5, 20])
+        ]
+        script.plot({"one": loads}, tmp_path / "load_test.png")
+        shown[-1].draw_without_rendering()
+        (axes,) = shown[-1].axes
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > 1.1 * (50 + 3 * spread)
+        assert "1,000" in [label.get_text() for label in axes.get_xticklabels()]
