@@ -6,15 +6,14 @@ is imported on first use.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from etils import epath
 
-from blocktx.files import write_png
+from blocktx import label_places
+from blocktx.files import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,10 +30,6 @@ ATTENTION = "magma_r"  # of attention, most of which is near 0: white
 _DPI = 120
 _DASHES = ("-", (0, (4, 3)), ":", "-.")
 _LABEL_SIZE = 9
-# Where a label can stand beside its point, the preferred first, and how far off (points); at more
-# than _NEAR a line joins them.
-_SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
-_GAPS, _NEAR = (4, 7, 11, 16, 24), 7
 
 
 def new_figure(
@@ -69,8 +64,8 @@ def new_grid(
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> epath.Path:
-    """Write `figure` as a PNG, atomically, and return its path."""
-    return write_png(path, figure)
+    """Write `figure` atomically as a PNG, SVG or PDF, by the ending, and return its path."""
+    return write_picture(path, figure)
 
 
 def plain(text: str) -> str:
@@ -176,7 +171,9 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     figure.draw_without_rendering()
     points = 72 / figure.dpi
     heights = [axes.transData.transform(end[:2])[1] * points for end in ends]
-    for (x, y, text, color), own, shown in zip(ends, heights, _apart(heights), strict=True):
+    for (x, y, text, color), own, shown in zip(
+        ends, heights, label_places.apart(heights, _LABEL_SIZE * 1.25), strict=True
+    ):
         axes.annotate(
             plain(text),
             (x, y),
@@ -208,27 +205,20 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) ->
         taken.append(key.get_window_extent().get_points())
         key.borderaxespad = 0
         key.set_loc(tuple(axes.transAxes.inverted().transform(taken[0][0])))
-    drawn, labels = _drawn(axes), []
+    labels, drawn = [], label_places.drawn_pixels(axes)
     for x, y, text, color in points:
         at = dict(xytext=(0, 0), textcoords="offset points", ha="center", va="center")
         leader = dict(arrowstyle="-", color=color, linewidth=0.6, shrinkA=1, shrinkB=3)
         style = dict(fontsize=_LABEL_SIZE, color=color, arrowprops=leader, in_layout=False)
         labels.append(axes.annotate(plain(text), (x, y), annotation_clip=False, **at, **style))
+    centres = [axes.transData.transform(label.xy) for label in labels]
     # Of the text alone: an annotation's own extent has its line in it.
-    sizes = [np.array(Text.get_window_extent(label).size) for label in labels]
-    boxes: list[Any] = [None] * len(labels)
-    for _ in range(3):  # the first pass does not know the later labels
-        for i, (label, size) in enumerate(zip(labels, sizes, strict=True)):
-            others = taken + [box for j, box in enumerate(boxes) if j != i and box is not None]
-            best = np.inf
-            for gap, side in itertools.product(_GAPS, _SIDES):
-                offset = np.array(side) * (size / 2 + gap * pixels)
-                box = axes.transData.transform(label.xy) + offset + np.array([-size, size]) / 2
-                cost = gap + _covered(box, axes.bbox.get_points(), others, drawn, 3 * pixels)
-                if cost < best:
-                    best, boxes[i] = cost, box
-                    label.set_position(offset / pixels)
-                    label.arrow_patch.set_visible(gap > _NEAR)
+    sizes = [Text.get_window_extent(label).size for label in labels]
+    inside = axes.bbox.get_points()
+    offsets = label_places.around(centres, sizes, inside, taken, drawn, pixels)
+    for label, (offset, is_near) in zip(labels, offsets, strict=True):
+        label.set_position(offset / pixels)
+        label.arrow_patch.set_visible(not is_near)
 
 
 def legend(axes: Axes, **options: Any) -> None:
@@ -246,6 +236,7 @@ def _scale(axis: Axis, scale: str, **options: Any) -> None:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """Return three to about ten round numbers between `low` and `high`, both positive."""
+    import numpy as np
     from matplotlib.ticker import MaxNLocator
 
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
@@ -256,53 +247,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
             return ticks
     narrow = MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     return [tick for tick in narrow if low <= tick <= high]
-
-
-def _drawn(axes: Axes) -> Any:
-    """Return pixels `[n, 2]` of the points, lines and error bars of `axes`, some 3 apart."""
-    from matplotlib.cbook import STEP_LOOKUP_MAP
-    from matplotlib.collections import LineCollection
-
-    found = [np.empty((0, 2))]
-    pieces = []
-    for line in axes.lines:
-        corners = STEP_LOOKUP_MAP[line.get_drawstyle()](*line.get_data(orig=False))
-        corners = line.get_transform().transform(np.transpose(corners).reshape(-1, 2))
-        found.append(corners)
-        pieces += [] if line.get_linestyle() in ("None", "") else itertools.pairwise(corners)
-    for lines in axes.collections:
-        if isinstance(lines, LineCollection):
-            for segment in lines.get_segments():
-                pieces += itertools.pairwise(lines.get_transform().transform(segment))
-    for start, end in pieces:
-        if np.isfinite([start, end]).all():
-            found.append(np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / 3)))
-    return np.concatenate(found)
-
-
-def _covered(box: Any, inside: Any, others: Sequence[Any], drawn: Any, distance: float) -> float:
-    """Return what it costs that a label is in `box`, one `[[x0, y0], [x1, y1]]` of pixels."""
-    low, high = box[0] - distance, box[1] + distance
-    cost = 10.0 * np.sum(np.all((low < drawn) & (drawn < high), axis=1))
-    cost += 1000.0 * (np.any(box[0] < inside[0]) or np.any(box[1] > inside[1]))
-    return cost + 1000.0 * sum(np.all((low < b[1]) & (b[0] < high)) for b in others)
-
-
-def _apart(heights: Sequence[float], distance: float = _LABEL_SIZE * 1.25) -> list[float]:
-    """Return `heights`, moved as little as a simple pass can for all to be `distance` apart."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    groups: list[tuple[float, list[int]]] = []  # centre and members, from below
-    for i in order:
-        groups.append((heights[i], [i]))
-        while len(groups) > 1:
-            (below, lower), (above, upper) = groups[-2:]
-            if above - below >= distance * (len(lower) + len(upper)) / 2:
-                break
-            members = lower + upper
-            centre = sum(heights[j] for j in members) / len(members)
-            groups[-2:] = [(centre, members)]
-    placed = list(heights)
-    for centre, members in groups:
-        for rank, i in enumerate(members):
-            placed[i] = centre + distance * (rank - (len(members) - 1) / 2)
-    return placed

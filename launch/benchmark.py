@@ -77,7 +77,9 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 )
 _JSON = flags.DEFINE_string("json", None, "A file to write the results to.")
 _PLOT = flags.DEFINE_string(
-    "plot", None, "A PNG file: throughput by batch size, and by loss for several --checkpoint."
+    "plot",
+    None,
+    "A PNG, SVG or PDF file: throughput by batch size, and by loss for several --checkpoint.",
 )
 
 
@@ -201,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=())
+    command_line.run(main, required=(), picture="plot")

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.text import Text
 
 from blocktx import plotting
+from blocktx.files import check_picture
 
 
 def _tick_labels(axis):
@@ -22,6 +23,16 @@ def test_files_are_readable_pictures_of_the_stated_size(tmp_path):
     image = matplotlib.image.imread(path)
     assert image.shape[:2] == (240, 360)
     assert [p.name for p in path.parent.iterdir()] == ["plot.png"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_a_picture_has_the_format_of_its_ending(tmp_path, ending, start):
+    path = tmp_path / f"plot.{ending}"
+    check_picture(str(path))
+    plotting.save(plotting.new_figure()[0], path)
+    assert path.read_bytes().startswith(start)
 
 
 @pytest.mark.parametrize(
