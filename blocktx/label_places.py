@@ -1,4 +1,4 @@
-"""Where the labels of a plot stand so that they cover nothing. All is in pixels."""
+"""Where the labels of a plot stand so that they cover nothing. Places are in pixels."""
 
 from __future__ import annotations
 
