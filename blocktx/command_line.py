@@ -15,6 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from blocktx.config import RunConfig, UserError, from_config_dict, is_storage_full
+from blocktx.files import check_picture
 from blocktx.parallel import choose_backend, exit_process
 
 _NO_FUNCTION = "the file has no function get_config()"
@@ -37,6 +38,7 @@ def run(
     *,
     restarted: bool = False,
     flag_of: Mapping[str, str] | None = None,
+    picture: str | None = None,
 ) -> None:
     """Parse the flags and run `main`. Exit with a code that says what happened.
 
@@ -56,6 +58,7 @@ def run(
         then no reason to stop.
       flag_of: flags, such as --data, by the field of the configuration that they stand for. An
         error message that begins with the field begins with the flag instead.
+      picture: the flag that names a picture to write; its value is checked with the others.
     """
     expected = _FOR_A_PERSON if restarted else (*_FOR_A_PERSON, ValueError, OSError)
 
@@ -82,6 +85,8 @@ def run(
                 fail(field + colon + problem, code=2 if field.startswith("--") else 1)
             fail(traceback.format_exc(), code=70)
 
+    if picture:
+        flags.register_validator(picture, _is_picture)
     if "jax_debug_nans" not in flags.FLAGS:
         jax.config.config_with_absl()  # flags of JAX, such as --jax_debug_nans
     try:
@@ -130,6 +135,16 @@ def _is_no_full_disk_of_asyncio(record: Any) -> bool:
     return not (
         record.name == "asyncio" and record.exc_info and is_storage_full(record.exc_info[1])
     )
+
+
+def _is_picture(path: str | None) -> bool:
+    """The check of a flag, for absl."""
+    try:
+        if path is not None:
+            check_picture(path)
+    except ValueError as error:
+        raise flags.ValidationError(str(error)) from None
+    return True
 
 
 def enable_compilation_cache(folder: str) -> None:

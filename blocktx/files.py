@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BUCKET = "gs://"
+_PICTURES = (".png", ".svg", ".pdf")  # what Matplotlib writes
 _READ_AHEAD = 8 << 20  # bytes of a bucket's object fetched at a time
 
 
@@ -92,6 +93,21 @@ def writable_folder(field: str, folder: epath.PathLike) -> epath.Path:
     return path
 
 
+def check_picture(path: str) -> None:
+    """Raise a ValueError if no picture can be written to `path`, the value of a flag."""
+    picture = epath.Path(path)
+    if picture.suffix not in _PICTURES:
+        raise ValueError(f"must end with {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}")
+    if is_bucket(path):
+        return
+    if not picture.parent.is_dir():
+        raise ValueError(f"there is no folder {os.fspath(picture.parent)!r}; make it first")
+    if not os.access(picture.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"no permission to write to {os.fspath(picture.parent)!r}")
+    if picture.is_dir():
+        raise ValueError("is a folder; give the name of a file")
+
+
 def write_atomic(path: epath.PathLike, data: str | bytes) -> None:
     """Write a file, or replace it, whole or not at all. Missing parent folders are created."""
     path = epath.Path(path)
@@ -113,12 +129,12 @@ def temporary_name(path: epath.Path) -> epath.Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
-def write_png(path: epath.PathLike, figure: Figure) -> epath.Path:
-    """Write a figure to a PNG file atomically, and return the path."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_atomic(path, png.getvalue())
-    return epath.Path(path)
+def write_picture(path: epath.PathLike, figure: Figure) -> epath.Path:
+    """Write a figure atomically in the format of its ending, and return the path."""
+    path, picture = epath.Path(path), io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:])
+    write_atomic(path, picture.getvalue())
+    return path
 
 
 def copy_folder(source: epath.PathLike, target: epath.PathLike) -> None:

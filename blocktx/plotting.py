@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from blocktx.files import write_png
+from blocktx import label_places
+from blocktx.files import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,8 +64,8 @@ def new_grid(
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> epath.Path:
-    """Write `figure` as a PNG, atomically, and return its path."""
-    return write_png(path, figure)
+    """Write `figure` atomically as a PNG, SVG or PDF, by the ending, and return its path."""
+    return write_picture(path, figure)
 
 
 def plain(text: str) -> str:
@@ -159,12 +160,8 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-def label_ends(
-    axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, lift: float = 0
-) -> None:
-    """Write labels beside the points `(x, y, text, color)`, moved apart where they would overlap.
-
-    `lift` is the distance in points that they stand above the points.
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write labels right of the points `(x, y, text, color)`, moved apart where they would overlap.
 
     Call it last: the distances are those of the axes as they are drawn at this moment.
     """
@@ -174,17 +171,54 @@ def label_ends(
     figure.draw_without_rendering()
     points = 72 / figure.dpi
     heights = [axes.transData.transform(end[:2])[1] * points for end in ends]
-    for (x, y, text, color), own, shown in zip(ends, heights, _apart(heights), strict=True):
+    for (x, y, text, color), own, shown in zip(
+        ends, heights, label_places.apart(heights, _LABEL_SIZE * 1.25), strict=True
+    ):
         axes.annotate(
             plain(text),
             (x, y),
-            xytext=(7, shown - own + lift),
+            xytext=(7, shown - own),
             textcoords="offset points",
             va="center",
             fontsize=_LABEL_SIZE,
             color=color,
             annotation_clip=False,
         )
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write labels around the points `(x, y, text, color)`, where they cover least.
+
+    A label stays within the axes and keeps clear of lines, points, the legend and other labels; the
+    nearest such place is taken, with a thin line to the point if it is far. Call it last: the
+    legend stays where it is at this moment.
+    """
+    from matplotlib.text import Text
+
+    if not points:
+        return
+    figure = axes.get_figure()
+    figure.draw_without_rendering()
+    pixels = figure.dpi / 72
+    taken = []
+    if (key := axes.get_legend()) is not None:
+        taken.append(key.get_window_extent().get_points())
+        key.borderaxespad = 0
+        key.set_loc(tuple(axes.transAxes.inverted().transform(taken[0][0])))
+    labels, drawn = [], label_places.drawn_pixels(axes)
+    for x, y, text, color in points:
+        at = dict(xytext=(0, 0), textcoords="offset points", ha="center", va="center")
+        leader = dict(arrowstyle="-", color=color, linewidth=0.6, shrinkA=1, shrinkB=3)
+        style = dict(fontsize=_LABEL_SIZE, color=color, arrowprops=leader, in_layout=False)
+        labels.append(axes.annotate(plain(text), (x, y), annotation_clip=False, **at, **style))
+    centres = [axes.transData.transform(label.xy) for label in labels]
+    # Of the text alone: an annotation's own extent has its line in it.
+    sizes = [Text.get_window_extent(label).size for label in labels]
+    inside = axes.bbox.get_points()
+    offsets = label_places.around(centres, sizes, inside, taken, drawn, pixels)
+    for label, (offset, is_near) in zip(labels, offsets, strict=True):
+        label.set_position(offset / pixels)
+        label.arrow_patch.set_visible(not is_near)
 
 
 def legend(axes: Axes, **options: Any) -> None:
@@ -213,23 +247,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
             return ticks
     narrow = MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     return [tick for tick in narrow if low <= tick <= high]
-
-
-def _apart(heights: Sequence[float], distance: float = _LABEL_SIZE * 1.25) -> list[float]:
-    """Return `heights`, moved as little as a simple pass can for all to be `distance` apart."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    groups: list[tuple[float, list[int]]] = []  # centre and members, from below
-    for i in order:
-        groups.append((heights[i], [i]))
-        while len(groups) > 1:
-            (below, lower), (above, upper) = groups[-2:]
-            if above - below >= distance * (len(lower) + len(upper)) / 2:
-                break
-            members = lower + upper
-            centre = sum(heights[j] for j in members) / len(members)
-            groups[-2:] = [(centre, members)]
-    placed = list(heights)
-    for centre, members in groups:
-        for rank, i in enumerate(members):
-            placed[i] = centre + distance * (rank - (len(members) - 1) / 2)
-    return placed

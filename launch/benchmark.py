@@ -2,6 +2,10 @@ r"""Measure decoding: throughput, latency and memory, of a model and of one to c
 
 python launch/benchmark.py --config=configs/paper.py:block_170m --against=vanilla_160m \
     --setting=prefill_heavy --batch_sizes=1,8,32 --json=benchmark.json
+
+"of roofline" is the share of the speed that the measured peaks allow if every weight and the KV
+cache are read from memory at every step. A model so small that these stay in the processor's cache
+can exceed it.
 """
 
 import os
@@ -77,7 +81,9 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 )
 _JSON = flags.DEFINE_string("json", None, "A file to write the results to.")
 _PLOT = flags.DEFINE_string(
-    "plot", None, "A PNG file: throughput by batch size, and by loss for several --checkpoint."
+    "plot",
+    None,
+    "A PNG, SVG or PDF file: throughput by batch size, and by loss for several --checkpoint.",
 )
 
 
@@ -201,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=())
+    command_line.run(main, required=(), picture="plot")

@@ -93,7 +93,7 @@ _NEW = flags.DEFINE_integer("new", 64, "With --against: most tokens of a continu
 _SPEED_BATCHES = flags.DEFINE_list(
     "speed_batches", ["1", "8", "32"], "With --against: batch sizes of the measured decoding."
 )
-_PLOT = flags.DEFINE_string("plot", None, "A PNG file for the loss by position.")
+_PLOT = flags.DEFINE_string("plot", None, "A PNG, SVG or PDF file for the loss by position.")
 _JSON = flags.DEFINE_string("json", None, "A file to write all numbers to.")
 
 
@@ -284,5 +284,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     command_line.run(
-        main, required=("checkpoint", "data"), flag_of={"config.data.source": "--data"}
+        main,
+        required=("checkpoint", "data"),
+        flag_of={"config.data.source": "--data"},
+        picture="plot",
     )

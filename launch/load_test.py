@@ -237,10 +237,12 @@ def plot(servers: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
             style = plotting.line_style(i)
             plotting.draw_line(axes, x, y, label=label, **style)
             named += [(*point, style["color"]) for point in points]
-    axes.margins(y=0.15)  # room for names
-    axes.set_ylim(bottom=0)
+    axes.margins(x=0.1)  # room for names
+    axes.set_ylim(0, 1.2 * max((y for _, y, _, _ in named), default=1))
+    plotting.plain_axis(axes.xaxis)
+    plotting.plain_axis(axes.yaxis)
     plotting.legend(axes)
-    plotting.label_ends(axes, named, lift=8)
+    plotting.label_points(axes, named)
     plotting.save(figure, path)
 
 

@@ -32,7 +32,7 @@ _TEXT_FIELD = flags.DEFINE_string(
 _COUNT = flags.DEFINE_integer("count", 20, "Numbers to look for at each depth (the paper: 1000).")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Contexts at a time.")
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same numbers.")
-_PLOT = flags.DEFINE_string("plot", None, "A PNG file for a heat map.")
+_PLOT = flags.DEFINE_string("plot", None, "A PNG, SVG or PDF file for a heat map.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the fractions to.")
 
 
@@ -82,5 +82,8 @@ def _percent(share: float) -> str:
 
 if __name__ == "__main__":
     command_line.run(
-        main, required=("checkpoint", "haystack"), flag_of={"config.data.source": "--haystack"}
+        main,
+        required=("checkpoint", "haystack"),
+        flag_of={"config.data.source": "--haystack"},
+        picture="plot",
     )

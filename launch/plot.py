@@ -9,7 +9,7 @@ from blocktx import command_line
 from blocktx.train import plot_runs
 
 _RUNS = flags.DEFINE_multi_string("run", None, "A run's folder; may be repeated.")
-_OUTPUT = flags.DEFINE_string("output", None, "The PNG file to write.")
+_OUTPUT = flags.DEFINE_string("output", None, "The PNG, SVG or PDF file to write.")
 
 
 def main() -> None:
@@ -17,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=("run", "output"))
+    command_line.run(main, required=("run", "output"), picture="output")

@@ -126,7 +126,21 @@ def test_help_is_no_error():
     command = [sys.executable, "launch/plot.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "--output: The PNG file to write." in done.stdout
+    assert "--output: The PNG, SVG or PDF file to write." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("benchmark", "plot"), ("evaluate", "plot"), ("needle", "plot"), ("plot", "output")],
+)
+def test_a_picture_that_cannot_be_written_is_a_mistake_in_the_flags(script, name, tmp_path):
+    """Said first: other flags are missing too."""
+    flag = f"--{name}={tmp_path}/new/x.png"
+    command = [sys.executable, f"launch/{script}.py", flag]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    problem = f"there is no folder '{tmp_path}/new'; make it first"
+    assert (done.returncode, done.stderr) == (2, f"error: flag {flag}: {problem}\n")
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_unknown_flag_points_to_the_help(capsys):

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from blocktx.checkpoint.params import load_params
-from blocktx.files import AppendLog, copy_folder, run_folder, write_atomic
+from blocktx.files import AppendLog, check_picture, copy_folder, run_folder, write_atomic
 
 
 def test_local_folder(tmp_path, monkeypatch):
@@ -38,6 +38,31 @@ def test_bucket_that_cannot_be(monkeypatch):
         run_folder("gs://bucket/run")
     with pytest.raises(ValueError, match=r"path: gs://bucket/run needs gcsfs: pip install"):
         load_params("gs://bucket/run")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("new/x.png", "there is no folder '.*/new'; make it first"),
+        ("x.txt", r"must end with \.png, \.svg or \.pdf"),
+        ("x", r"must end with \.png, \.svg or \.pdf"),
+        ("folder.png", "is a folder; give the name of a file"),
+    ],
+)
+def test_pictures_that_cannot_be(tmp_path, name, problem):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=problem):
+        check_picture(os.fspath(tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_pictures_that_can_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("x.png", "./x.svg", f"{tmp_path}/x.pdf", "gs://bucket/new/x.png"):
+        check_picture(path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root
+    with pytest.raises(ValueError, match=r"no permission to write to '\.'"):
+        check_picture("x.png")
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

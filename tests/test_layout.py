@@ -15,7 +15,8 @@ PACKAGE = ROOT / "blocktx"
 IMPORTS: dict[str, str] = {
     "config": "",
     "files": "",
-    "plotting": "files",
+    "label_places": "",
+    "plotting": "files label_places",
     "progress_bar": "",
     "chips": "",
     "cost": "config",
@@ -36,7 +37,7 @@ IMPORTS: dict[str, str] = {
     "lm_eval": "progress_bar parallel decode evaluate",
     "reproduce": "config plotting files chips cost parallel data ops model checkpoint decode "
     "evaluate train benchmark convert inspect_model",
-    "command_line": "config parallel",
+    "command_line": "config files parallel",
 }
 
 

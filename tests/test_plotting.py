@@ -4,8 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from blocktx import plotting
+from blocktx.files import check_picture
 
 
 def _tick_labels(axis):
@@ -21,6 +23,16 @@ def test_files_are_readable_pictures_of_the_stated_size(tmp_path):
     image = matplotlib.image.imread(path)
     assert image.shape[:2] == (240, 360)
     assert [p.name for p in path.parent.iterdir()] == ["plot.png"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_a_picture_has_the_format_of_its_ending(tmp_path, ending, start):
+    path = tmp_path / f"plot.{ending}"
+    check_picture(str(path))
+    plotting.save(plotting.new_figure()[0], path)
+    assert path.read_bytes().startswith(start)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +85,44 @@ def test_end_labels_do_not_overlap_and_keep_their_order(values):
         assert not a.overlaps(b)
     centres = [(box.y0 + box.y1) / 2 for box in boxes]
     assert np.argsort(centres, kind="stable").tolist() == np.argsort(values, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_of_points_cover_nothing(seed):
+    """Lines that are close, points between them, error bars and a legend."""
+    rng = np.random.default_rng(seed)
+    figure, axes = plotting.new_figure(width=5.8, height=4)
+    points = []
+    for i, count in enumerate([4, 4, 1, 1]):
+        x = np.sort(10 ** rng.uniform(2.5, 4, count))
+        y = 3.2 + 0.2 * np.arange(count) + rng.uniform(-0.1, 0.1, count) + 0.2 * (count == 1)
+        style = dict(color=plotting.PALETTE[i], label=f"family {i}")
+        plotting.draw_line(axes, x, y, error=0.01 + 0 * y, xerr=0.1 * x, **style)
+        points += [(*point, f"3+3 x {64 * i}", style["color"]) for point in zip(x, y, strict=True)]
+    axes.margins(x=0.16, y=0.12)
+    plotting.log_axis(axes.xaxis)
+    plotting.legend(axes)
+    plotting.label_points(axes, points)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(label) for label in axes.texts]
+    for box, line in itertools.product(boxes, axes.lines):
+        path = line.get_transform().transform_path(line.get_path())
+        assert not any(box.contains(*point) for point in path.vertices)
+        assert line.get_linestyle() == "None" or not path.intersects_bbox(box, filled=False)
+    for box in boxes:
+        assert all(axes.bbox.contains(*corner) for corner in box.corners())
+    for a, b in itertools.combinations([*boxes, axes.get_legend().get_window_extent()], 2):
+        assert not a.overlaps(b)
+
+
+def test_a_label_far_from_its_point_has_a_line_to_it():
+    _, axes = plotting.new_figure()
+    plotting.draw_line(axes, [0, 0.5, 1], [0, 0.5, 1], color=plotting.BLOCK)
+    at_one_place = [(0.5, 0.5, f"load {i}", "black") for i in range(9)]
+    plotting.label_points(axes, [(0.1, 0.8, "alone", "black"), *at_one_place])
+    alone, *others = [label.arrow_patch.get_visible() for label in axes.texts]
+    assert not alone
+    assert any(others)
 
 
 def test_a_legend_is_for_two_or_more():

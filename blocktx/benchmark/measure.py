@@ -41,7 +41,9 @@ class Result:
     prefill_seconds: float
     seconds_to_first_token: float
     seconds: float  # for all of it
-    roofline_share: float  # of `seconds`, by the measured peaks of the machine
+    # Of `seconds`, by the measured peaks of the machine. Above 1 if weights stay in the processor's
+    # cache: the roofline counts them as read from memory.
+    roofline_share: float
     bytes_per_sample: float  # of the compiled programs, beside the parameters
     counted_bytes_per_sample: int  # cache and logits
     loss: float | None

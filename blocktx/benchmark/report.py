@@ -37,6 +37,11 @@ def table(results: Sequence[Result], peaks: MeasuredPeaks) -> str:
             f"{result.seconds_to_first_token:>13.3f}  {result.tokens_per_second:>8.1f}  "
             f"{result.bytes_per_sample / 1e6:>9.1f}  {result.roofline_share:>11.0%}"
         )
+    if _is_exceeded(results):
+        lines.append(
+            "more than 100%: the roofline counts every weight and all of the KV cache as read "
+            "from memory; small ones stay in the processor's cache"
+        )
     first = {r.batch_size: r for r in reversed(results) if r.model == results[0].model}
     for result in results:
         ours = first.get(result.batch_size)
@@ -76,6 +81,10 @@ def plot(path: str | os.PathLike[str], results: Sequence[Result]) -> epath.Path:
     return plotting.save(figure, path)
 
 
+def _is_exceeded(results: Sequence[Result]) -> bool:
+    return any(result.roofline_share > 1 for result in results)
+
+
 def _draw_by_batch(axes: Axes, results: Sequence[Result], colors: dict[str, str]) -> None:
     bound = dict(linestyle=":", linewidth=1.2, marker="_", markersize=9)  # also for one batch size
     for model, color in colors.items():
@@ -85,7 +94,8 @@ def _draw_by_batch(axes: Axes, results: Sequence[Result], colors: dict[str, str]
         bounds = [r.tokens_per_second / r.roofline_share for r in own if r.roofline_share]
         if len(bounds) == len(own):
             axes.plot(sizes, bounds, color=color, **bound)
-    axes.plot([], [], color=plotting.GREY, label="roofline", **bound)
+    label = "roofline (of reads from memory)" if _is_exceeded(results) else "roofline"
+    axes.plot([], [], color=plotting.GREY, label=label, **bound)
     axes.set(xlabel="batch size", ylabel="generated tokens per second")
     plotting.log2_axis(axes.xaxis, sorted({r.batch_size for r in results}))
     plotting.log_axis(axes.yaxis)
@@ -118,7 +128,7 @@ def _draw_by_loss(axes: Axes, results: Sequence[Result], colors: dict[str, str])
     axes.margins(x=0.15, y=0.25)
     plotting.log_axis(axes.yaxis)
     axes.locator_params(axis="x", nbins=5)
-    plotting.label_ends(axes, ends, lift=9)
+    plotting.label_points(axes, ends)
 
 
 def _front(results: Sequence[Result]) -> list[Result]:

@@ -74,7 +74,7 @@ def plot_losses(
     Args:
       runs: names of models, and their sums of `heldout.running_sums`.
       bin_tokens: places in a bin of the context.
-      path: the PNG file to write.
+      path: the picture to write.
       title: of the figure.
 
     Raises:

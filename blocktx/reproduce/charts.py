@@ -26,6 +26,8 @@ def draw(chart: Chart | Panels) -> Figure:
         _draw(axes, each)
     if isinstance(chart, Panels):
         figure.suptitle(plotting.plain(chart.title))
+    for axes, each in zip(grid.flat, charts, strict=False):
+        _label(axes, each)
     return figure
 
 
@@ -35,9 +37,8 @@ def _draw(axes: Axes, chart: Chart) -> None:
         (series,) = chart.series
         plotting.draw_categories(axes, list(chart.ticks.values()), series.y)
         return
-    others = iter(color for color in plotting.PALETTE if color != plotting.VANILLA)
-    for series in chart.series:
-        _draw_series(axes, series, plotting.VANILLA if series.label == "vanilla" else next(others))
+    for series, color in _colored(chart):
+        _draw_series(axes, series, color)
     if any(series.point_labels for series in chart.series):
         axes.margins(x=0.16, y=0.12)
     if "y" in chart.log:
@@ -49,6 +50,20 @@ def _draw(axes: Axes, chart: Chart) -> None:
     elif chart.ticks is not None:
         axes.set_xticks(list(chart.ticks), list(chart.ticks.values()))
     plotting.legend(axes)
+
+
+def _colored(chart: Chart) -> list[tuple[Series, str]]:
+    others = iter(color for color in plotting.PALETTE if color != plotting.VANILLA)
+    return [(s, plotting.VANILLA if s.label == "vanilla" else next(others)) for s in chart.series]
+
+
+def _label(axes: Axes, chart: Chart) -> None:
+    points = [
+        (x, statistics.mean(values), text, color)
+        for series, color in _colored(chart)
+        for x, values, text in zip(series.x, series.y, series.point_labels, strict=False)
+    ]
+    plotting.label_points(axes, points)
 
 
 def _draw_series(axes: Axes, series: Series, color: str) -> None:
@@ -67,14 +82,3 @@ def _draw_series(axes: Axes, series: Series, color: str) -> None:
         xerr=[left, right] if left else None,
         linestyle="-" if series.joined else "none",
     )
-    above = series.label != "vanilla"  # labels of lines that are close stand on opposite sides
-    for x, y, label in zip(series.x, means, series.point_labels, strict=False):
-        axes.annotate(
-            plotting.plain(label),
-            (x, y),
-            (4, 5 if above else -5),
-            textcoords="offset points",
-            va="bottom" if above else "top",
-            fontsize=8,
-            color=color,
-        )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from blocktx.files import write_atomic, write_png
+from blocktx.files import write_atomic, write_picture
 from blocktx.reproduce.charts import draw
 from blocktx.reproduce.study import VERDICTS, Found, Results, Study
 
@@ -68,7 +68,7 @@ def write_report(
         of_seeds = dataclasses.replace(results, seeds=complete)
         found = study.find(of_seeds)
         for chart in found.charts:
-            write_png(folder / f"{chart.name}.png", draw(chart))
+            write_picture(folder / f"{chart.name}.png", draw(chart))
         name = f"[{study.name}](#{study.name})"
         summary.append([name, study.finding, *_counts(found), finished])
         sections.append(_section(study, found, of_seeds))

@@ -54,7 +54,7 @@ def plot_loss(workdir: str | os.PathLike[str]) -> epath.Path:
 def plot_runs(
     workdirs: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]
 ) -> epath.Path:
-    """Draw the held-out losses of several runs into one PNG at `path`, and return `path`.
+    """Draw the held-out losses of several runs into one picture at `path`, and return `path`.
 
     Raises:
       ValueError: there is no run, or one of `workdirs` has no metrics.jsonl or no held-out loss.

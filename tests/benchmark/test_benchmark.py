@@ -102,6 +102,19 @@ def test_table_json_and_plot(tmp_path):
     assert _width(tmp_path / "two.png") > 1.5 * _width(tmp_path / "one.png")
 
 
+def test_a_roofline_that_is_exceeded_is_explained():
+    half, most, above = (
+        dataclasses.replace(result("tiny", 1, 1.0), roofline_share=share)
+        for share in (0.5, 1, 1.75)
+    )
+    for results, explained in [([half, most], False), ([half, above], True)]:
+        assert ("more than 100%: " in table(results, MACHINE)) is explained
+        axes = plotting.new_figure()[1]
+        _draw_by_batch(axes, results, {"tiny": plotting.BLOCK})
+        texts = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert any("(of reads from memory)" in text for text in texts) is explained
+
+
 def test_the_roofline_of_one_batch_size_is_visible():
     axes = plotting.new_figure()[1]
     _draw_by_batch(axes, [result("tiny", 1, 1.0)], {"tiny": plotting.BLOCK})

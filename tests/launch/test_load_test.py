@@ -1,6 +1,7 @@
-"""`launch/load_test.py` against a server that stops answering, or refuses."""
+"""`launch/load_test.py` against a server that stops answering, or refuses; its plot."""
 
 import http.server
+import importlib.util
 import json
 import pathlib
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+from blocktx import plotting
 from tests.helpers.processes import started
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -107,3 +109,23 @@ def test_what_the_server_says_is_printed():
         done = run(server, "--requests=2", "--prompt_tokens=100")
     assert (done.returncode, done.stderr) == (1, "error: no request was answered\n")
     assert "errors: 2 HTTP 400\nHTTP 400: the limit is 40\n" in done.stdout
+
+
+def test_points_of_the_plot_have_room_above(tmp_path, monkeypatch):
+    """Also where p95 is nearly flat, and the axis begins at 0."""
+    spec = importlib.util.spec_from_file_location("load_test", ROOT / "launch" / "load_test.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    shown = []
+    monkeypatch.setattr(plotting, "save", lambda figure, path: shown.append(figure))
+    for spread in (0.1, 100):
+        loads = [
+            dict(load=f"{n}/s", tokens_per_second=64 * n, first_token_ms={"p95": 50 + spread * i})
+            for i, n in enumerate([1, 2, 5, 20])
+        ]
+        script.plot({"one": loads}, tmp_path / "load_test.png")
+        shown[-1].draw_without_rendering()
+        (axes,) = shown[-1].axes
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > 1.1 * (50 + 3 * spread)
+        assert "1,000" in [label.get_text() for label in axes.get_xticklabels()]

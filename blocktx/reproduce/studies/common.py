@@ -69,7 +69,7 @@ def speed_of(name: str, base: Base, models: Mapping[str, ModelConfig]) -> Speed:
 
 def setting(speed: Speed) -> str:
     (prompt,) = set(speed.prompt_tokens.values())
-    return f"batch {speed.batch_size}, {prompt} tokens in, {speed.new_tokens} out"
+    return f"batch {speed.batch_size}, {prompt:,} tokens in, {speed.new_tokens:,} out"
 
 
 def compared(name: str, title: str, losses: Mapping[str, Sequence[float]]) -> Chart:
