@@ -214,10 +214,10 @@ def test_killing_one_ends_the_other(folder, victim):
 def test_processes_that_disagree_say_so_and_end(folder, flag, named):
     flag = flag.format(folder=folder)
     with Run(folder, f"disagree_{named}", each=[(), (flag,)]) as run:
-        assert run.codes() == [1, 1], run.log(0) + run.log(1)
+        assert run.codes() == [2, 2], run.log(0) + run.log(1)
     for index in range(2):
         log = run.log(index)
-        assert f"error: {named}: that of process 1 differs from that of process 0" in log
+        assert f"error: --{named}: that of process 1 differs from that of process 0" in log
         assert len(log) < 2000
     assert not run.workdir.exists()
 
