@@ -300,7 +300,8 @@ def main() -> None:
     if errors:
         print("errors: " + ", ".join(f"{count} {name}" for name, count in errors.items()))
         said = collections.ChainMap(*(found["said"] for found in results))
-        print(*(f"{name}: {text}" for name, text in said.items()), sep="\n")
+        for name, text in said.items():
+            print(f"{name}: {text}")
     if _OUTPUT.value and results:
         folder = pathlib.Path(_OUTPUT.value)
         label = _LABEL.value or _MODEL.value

@@ -17,8 +17,8 @@ def for_decoding(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str,
 
     Layers are separate, as a loop that slices stacked arrays copies every weight at every step.
     Parameters are in the compute dtype, as a loop would read wider ones at every step, or XLA hold
-    both. Norms are in float32, in which they are computed: a conversion at every step takes a TPU a
-    tenth of its time.
+    both. Norms are in float32, in which they are computed: to convert their weights at every step
+    takes a TPU up to a tenth of its time.
     """
     dtype = model.config.compute_dtype
     config = dataclasses.replace(model.config, scan_layers=False, param_dtype=dtype)
