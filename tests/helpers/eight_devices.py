@@ -35,18 +35,24 @@ def _model(kind: str):
     stack = StackConfig(layers=2, width=32, heads=4)
     if kind == "llama":
         stack = StackConfig.llama(2, 32, 8, key_value_heads=4, mlp_width=64)
-    if kind in ("block", "llama"):
+    if kind != "vanilla":
         decoders = dict(block_decoder=stack, token_decoder=stack, tied_classifier=kind == "llama")
         return BlockConfig(vocab_size=64, context_length=32, **decoders)
     return VanillaConfig(vocab_size=64, context_length=32, decoder=stack)
 
 
 def losses(kind: str) -> dict[str, list[float]]:
-    """Of 20 steps, on each mesh and on one device, with two microbatches."""
+    """Of 20 steps, on each mesh and on one device, with two microbatches; of "bag" 10 on bags."""
     import jax
     import numpy as np
 
-    from blocktx.config.run import MeshConfig, OptimizerConfig, RunConfig, TrainingConfig
+    from blocktx.config.run import (
+        LossConfig,
+        MeshConfig,
+        OptimizerConfig,
+        RunConfig,
+        TrainingConfig,
+    )
     from blocktx.model.build import build
     from blocktx.parallel.sharding import batch_sharding, create_mesh
     from blocktx.train.step import abstract_state, create_state, train_step
@@ -58,6 +64,7 @@ def losses(kind: str) -> dict[str, list[float]]:
         config = RunConfig(
             model=model,
             optimizer=OptimizerConfig(learning_rate=3e-3),
+            loss=LossConfig(bag_steps=10 if kind == "bag" else 0),
             training=TrainingConfig(batch_size=16, steps=20, microbatches=2),
             mesh=mesh_config,
         )
@@ -71,11 +78,12 @@ def losses(kind: str) -> dict[str, list[float]]:
         with jax.set_mesh(mesh):
             state = create_state(config, net)
             jax.tree.map(check_place, state, wanted)
-            for _ in range(20):
+            for step in range(20):
                 tokens = rng.integers(0, 64, (16, model.blocks, model.block_length), np.int32)
                 batch = {"tokens": tokens, "mask": np.ones_like(tokens, bool)}
                 batch = jax.device_put(batch, batch_sharding(mesh))
-                state, metrics = train_step(state, batch, config, net)
+                bag = step < config.loss.bag_steps
+                state, metrics = train_step(state, batch, config, net, bag=bag)
                 found.append(float(metrics["loss"]))
             jax.tree.map(check_place, state, wanted)
         return found

@@ -30,7 +30,10 @@ def mesh(data=1, fsdp=1, tensor=1):
 
 @pytest.mark.parametrize(
     "kind",
-    ["block", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "vanilla"))],
+    [
+        "block",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "vanilla", "bag")),
+    ],
 )
 def test_losses_are_those_of_one_device(kind):
     losses = eight_devices.run("losses", kind)
